@@ -1,0 +1,3 @@
+"""Serve large mixture-of-experts language models with JAX."""
+
+__all__: list[str] = []

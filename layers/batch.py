@@ -1,0 +1,64 @@
+"""The tokens of a step and the paged memory of the sequences they belong to."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxserve.layers.dims import Leaf
+
+BLOCK_TOKENS = 256
+"""Cached tokens attended to at once: what bounds attention's working memory, whatever the context's length."""
+
+
+class Batch(NamedTuple):
+    """The tokens of one step. Consecutive runs of `t / a` tokens, the tiles, belong to one sequence each.
+
+    Decode has a tile of one token (or 1 + drafts) per sequence; prefill has long tiles, filled up with padding.
+    """
+
+    tokens_t: Int[Array, " t"]
+    positions_t: Int[Array, " t"]  # place in its sequence; -1 for padding, which is computed and has no effect
+    slots_a: Int[Array, " a"]  # the tile's sequence: a row of `pages_sp`
+    pages_sp: Int[Array, "s p"]  # pages of each sequence, in order; entries past its last token are never read
+
+    @property
+    def tile(self) -> int:
+        return self.tokens_t.shape[0] // self.slots_a.shape[0]
+
+
+def write(pages: Leaf, rows: Leaf, batch: Batch) -> Leaf:
+    """Stores one row per token where its position belongs: `pages[p, b, …]` and `rows[t, …]` are trees alike."""
+    b = jax.tree.leaves(pages)[0].shape[1]
+    slots_t = jnp.repeat(batch.slots_a, batch.tile)
+    page_t = batch.pages_sp[slots_t, jnp.maximum(batch.positions_t, 0) // b]
+    nowhere = jax.tree.leaves(pages)[0].shape[0]
+    page_t = jnp.where(batch.positions_t < 0, nowhere, page_t)
+    store = lambda page, row: page.at[page_t, batch.positions_t % b].set(row.astype(page.dtype), mode="drop")  # noqa: E731
+    return jax.tree.map(store, pages, rows)
+
+
+def read_block(pages: Leaf, batch: Batch, i: Int[Array, ""] | int) -> tuple[Leaf, Array]:
+    """The i-th block of each tile's sequence, `[a, j, …]` for pages `[p, b, …]`, and which of it a token sees, `[a, w, j]`.
+
+    A token sees what stands at its position or before it.
+    """
+    b = jax.tree.leaves(pages)[0].shape[1]
+    per_block = max(1, BLOCK_TOKENS // b)
+    columns = i * per_block + jnp.arange(per_block)
+    ids_ap = jnp.take(batch.pages_sp, columns, axis=1, mode="fill", fill_value=0)[batch.slots_a]
+    positions_j = (columns[:, None] * b + jnp.arange(b)[None]).reshape(-1)
+    positions_aw = batch.positions_t.reshape(-1, batch.tile)
+    seen_awj = positions_j[None, None] <= positions_aw[:, :, None]
+    gather = lambda page: page[ids_ap].reshape(ids_ap.shape[0], -1, *page.shape[2:])  # noqa: E731
+    return jax.tree.map(gather, pages), seen_awj
+
+
+def num_blocks(pages: Leaf, batch: Batch) -> Int[Array, ""] | int:
+    """How many blocks the longest sequence of the step fills; a Python number where one block holds any of them."""
+    b = jax.tree.leaves(pages)[0].shape[1]
+    block = max(1, BLOCK_TOKENS // b) * b
+    if batch.pages_sp.shape[1] * b <= block:
+        return 1
+    return jnp.max(batch.positions_t) // block + 1

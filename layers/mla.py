@@ -1,0 +1,156 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+The cache holds, for a token and a layer, one latent of `c` values for all heads and one rotated key of `r` values.
+Two forms of the same attention read it:
+
+- expanded: keys and values of all heads are computed from the latents, block by block. Fewer operations: prefill.
+- absorbed: the key matrix is moved onto the query, the value matrix onto the output; all heads attend to the latents
+  themselves. Fewer bytes: decode.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxserve.layers.attention import Block, attend
+from jaxserve.layers.batch import Batch, num_blocks, read_block, write
+from jaxserve.layers.config import Config, LatentAttention
+from jaxserve.layers.dims import Leaf
+from jaxserve.layers.linear import einsum
+from jaxserve.layers.norm import rms_norm
+from jaxserve.layers.rope import rotate
+from jaxserve.parallel.sharding import Param
+
+
+LATENT_EPS = 1e-6
+"""Of the norms inside latent attention: the published models' code has this whatever `rms_norm_eps` says."""
+
+
+class Mla(NamedTuple):
+    """Named after the paper's matrices; the comments give shape and Hugging Face name."""
+
+    w_dq: Leaf | None  # q d        q_a_proj; None: the query is not compressed
+    q_norm: Leaf | None  # q        q_a_layernorm
+    w_uq: Leaf  # h (n+r) q         q_b_proj; q_proj, with d for q, if not compressed
+    w_dkv: Leaf  # c d              kv_a_proj_with_mqa[:c]
+    w_kr: Leaf  # r d               kv_a_proj_with_mqa[c:]
+    kv_norm: Leaf  # c              kv_a_layernorm
+    w_uk: Leaf  # h n c             kv_b_proj, of each head the first n rows
+    w_uv: Leaf  # h v c             kv_b_proj, of each head the other v rows
+    w_o: Leaf  # d h v              o_proj
+
+
+class LatentCache(NamedTuple):
+    """One layer's pages of latents (normed) and keys (rotated)."""
+
+    c: Leaf  # p b c
+    r: Leaf  # p b r
+
+
+def mla_params(cfg: Config, att: LatentAttention, dtype) -> Mla:
+    h, n, r, v, c, q, d = (
+        att.heads, att.nope_dim, att.rope_dim, att.value_dim, att.kv_rank, att.query_rank, cfg.width,
+    )  # fmt: skip
+    return Mla(
+        w_dq=Param((q, d), ("q", "d"), dtype, std=d**-0.5) if q else None,
+        q_norm=Param((q,), ("q",), dtype, mean=1.0) if q else None,
+        w_uq=Param((h, n + r, q or d), ("h", None, "q" if q else "d"), dtype, std=(q or d) ** -0.5),
+        w_dkv=Param((c, d), ("c", "d"), dtype, std=d**-0.5),
+        w_kr=Param((r, d), ("r", "d"), dtype, std=d**-0.5),
+        kv_norm=Param((c,), ("c",), dtype, mean=1.0),
+        w_uk=Param((h, n, c), ("h", "n", "c"), dtype, std=c**-0.5),
+        w_uv=Param((h, v, c), ("h", "v", "c"), dtype, std=c**-0.5),
+        w_o=Param((d, h, v), ("d", "h", "v"), dtype, std=(h * v) ** -0.5),
+    )
+
+
+def mla_cache(att: LatentAttention, pages: int, page_size: int, dtype) -> LatentCache:
+    return LatentCache(
+        c=Param((pages, page_size, att.kv_rank), ("p", "b", "c"), dtype),
+        r=Param((pages, page_size, att.rope_dim), ("p", "b", "r"), dtype),
+    )
+
+
+def mla(
+    p: Mla, x_td: Float[Array, "t d"], cache: LatentCache, batch: Batch, cfg: Config, att: LatentAttention
+) -> tuple[Float[Array, "t d"], LatentCache]:
+    """Adds the step's latents to the cache, then attends to all of it in the form that costs less."""
+    q_thn, q_thr = queries(p, x_td, batch, cfg, att)
+    cache = write(cache, latents(p, x_td, batch, cfg), batch)
+    form = attend_expanded if expanding_pays(att, batch.tile) else attend_absorbed
+    o_thv = form(p, q_thn, q_thr, cache, batch, att)
+    return einsum("thv,dhv->td", o_thv, p.w_o), cache
+
+
+def queries(p: Mla, x_td: Array, batch: Batch, cfg: Config, att: LatentAttention) -> tuple[Array, Array]:
+    """The queries' two parts, `[t, h, n]` and, rotated, `[t, h, r]`."""
+    if p.w_dq is not None:
+        x_td = rms_norm(einsum("td,qd->tq", x_td, p.w_dq), p.q_norm, LATENT_EPS)
+    q_thm = einsum("tq,hmq->thm", x_td, p.w_uq)
+    q_thn, q_thr = jnp.split(q_thm, [att.nope_dim], axis=-1)
+    return q_thn, rotate(q_thr, batch.positions_t, cfg.rope)
+
+
+def latents(p: Mla, x_td: Array, batch: Batch, cfg: Config) -> LatentCache:
+    """What a token leaves in the cache: its latent `[t, c]`, normed, and its key `[t, r]`, rotated."""
+    c_tc = rms_norm(einsum("td,cd->tc", x_td, p.w_dkv), p.kv_norm, LATENT_EPS)
+    k_tr = einsum("td,rd->tr", x_td, p.w_kr)
+    return LatentCache(c_tc, rotate(k_tr[:, None], batch.positions_t, cfg.rope)[:, 0])
+
+
+def expanding_pays(att: LatentAttention, tile: int) -> bool:
+    """Whether a tile's operations per key and head, the key's expansion included, are fewer in the expanded form."""
+    expanded = tile * (att.nope_dim + att.rope_dim + att.value_dim) + att.kv_rank * (att.nope_dim + att.value_dim)
+    absorbed = tile * (2 * att.kv_rank + att.rope_dim)
+    return expanded < absorbed
+
+
+def attend_expanded(
+    p: Mla, q_thn: Float[Array, "t h n"], q_thr: Float[Array, "t h r"], cache: LatentCache, batch: Batch,
+    att: LatentAttention,
+) -> Float[Array, "t h v"]:  # fmt: skip
+    """Computes the keys and values of all heads from the latents of a block, and attends to them."""
+    q_awhm = _tiles(jnp.concatenate([q_thn, q_thr], axis=-1) * att.scale, batch)
+
+    def block(i) -> Block:
+        (c_ajc, k_ajr), seen_awj = read_block(cache, batch, i)
+        c_ajc = c_ajc.astype(q_thn.dtype)
+        k_ajhr = jnp.broadcast_to(k_ajr.astype(q_thn.dtype)[:, :, None], (*k_ajr.shape[:2], att.heads, att.rope_dim))
+        k_ajhm = jnp.concatenate([einsum("ajc,hnc->ajhn", c_ajc, p.w_uk), k_ajhr], axis=-1)
+        v_ajhv = einsum("ajc,hvc->ajhv", c_ajc, p.w_uv)
+        logits_ahwj = _dot32("awhm,ajhm->ahwj", q_awhm, k_ajhm)
+        return Block(logits_ahwj, seen_awj, lambda weights: _dot32("ahwj,ajhv->ahwv", weights, v_ajhv))
+
+    shape = (batch.slots_a.shape[0], att.heads, batch.tile, att.value_dim)
+    o_ahwv = attend(block, num_blocks(cache, batch), shape)
+    return o_ahwv.transpose(0, 2, 1, 3).reshape(-1, att.heads, att.value_dim).astype(q_thn.dtype)
+
+
+def attend_absorbed(
+    p: Mla, q_thn: Float[Array, "t h n"], q_thr: Float[Array, "t h r"], cache: LatentCache, batch: Batch,
+    att: LatentAttention,
+) -> Float[Array, "t h v"]:  # fmt: skip
+    """Moves `w_uk` onto the query and `w_uv` onto the output, so that keys and values stay latent."""
+    q_thc = einsum("thn,hnc->thc", q_thn, p.w_uk)
+    q_awhm = _tiles(jnp.concatenate([q_thc, q_thr], axis=-1) * att.scale, batch)
+
+    def block(i) -> Block:
+        (c_ajc, k_ajr), seen_awj = read_block(cache, batch, i)
+        c_ajc, k_ajr = c_ajc.astype(q_thn.dtype), k_ajr.astype(q_thn.dtype)
+        logits_ahwj = _dot32("awhm,ajm->ahwj", q_awhm, jnp.concatenate([c_ajc, k_ajr], axis=-1))
+        return Block(logits_ahwj, seen_awj, lambda weights: _dot32("ahwj,ajc->ahwc", weights, c_ajc))
+
+    shape = (batch.slots_a.shape[0], att.heads, batch.tile, att.kv_rank)
+    o_ahwc = attend(block, num_blocks(cache, batch), shape)
+    o_thc = o_ahwc.transpose(0, 2, 1, 3).reshape(-1, att.heads, att.kv_rank).astype(q_thn.dtype)
+    return einsum("thc,hvc->thv", o_thc, p.w_uv)
+
+
+def _tiles(q_thm: Array, batch: Batch) -> Array:
+    return q_thm.reshape(-1, batch.tile, *q_thm.shape[1:])
+
+
+def _dot32(spec: str, x: Array, y: Array) -> Array:
+    """A product of activations with float32 sums; the softmax's float32 weights take the values' dtype."""
+    return jnp.einsum(spec, x.astype(y.dtype), y, preferred_element_type=jnp.float32)

@@ -1,0 +1,159 @@
+"""Feed-forward layers: one network for all tokens, or a mixture of experts (DeepSeek-V3, arXiv:2412.19437, section 2.1)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.layers.config import Config, Experts
+from jaxserve.layers.dims import Leaf
+from jaxserve.layers.linear import einsum
+from jaxserve.parallel.sharding import Param
+
+
+class Mlp(NamedTuple):
+    """Gated feed-forward weights; of experts, with a leading axis `e`."""
+
+    w_gate: Leaf  # f d   gate_proj
+    w_up: Leaf  # f d     up_proj
+    w_down: Leaf  # d f   down_proj
+
+
+class Moe(NamedTuple):
+    """A mixture of experts."""
+
+    w_router: Leaf  # e d          gate
+    bias: Leaf | None  # e         gate.e_score_correction_bias: selects, and never weighs (float32)
+    experts: Mlp  # e f d, e d f   experts.{e}
+    shared: Mlp | None  # f d      shared_experts: visited by every token
+
+
+class Routing(NamedTuple):
+    """Where tokens go."""
+
+    experts_tk: Int[Array, "t k"]
+    weights_tk: Float[Array, "t k"]  # float32
+
+
+def mlp_params(width: int, hidden: int, dtype) -> Mlp:
+    up = Param((hidden, width), ("f", "d"), dtype, std=width**-0.5)
+    return Mlp(up, up, Param((width, hidden), ("d", "f"), dtype, std=hidden**-0.5))
+
+
+def moe_params(cfg: Config, moe: Experts, dtype) -> Moe:
+    e, f, d = moe.count, moe.width, cfg.width
+    up = Param((e, f, d), ("e", "f", "d"), dtype, std=d**-0.5)
+    return Moe(
+        w_router=Param((e, d), ("e", "d"), dtype, std=d**-0.5),
+        bias=Param((e,), ("e",), jnp.float32) if moe.router == "sigmoid" else None,
+        experts=Mlp(up, up, Param((e, d, f), ("e", "d", "f"), dtype, std=f**-0.5)),
+        shared=mlp_params(d, moe.shared_width, dtype) if moe.shared_width else None,
+    )
+
+
+def mlp(p: Mlp, x_td: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    hidden_tf = jax.nn.silu(einsum("td,fd->tf", x_td, p.w_gate)) * einsum("td,fd->tf", x_td, p.w_up)
+    return einsum("tf,df->td", hidden_tf, p.w_down)
+
+
+def moe(
+    p: Moe, x_td: Float[Array, "t d"], valid_t: Array, cfg: Experts
+) -> tuple[Float[Array, "t d"], Int[Array, " e"]]:
+    """The weighted sum of the chosen experts, plus the shared one, and how many valid tokens each expert got."""
+    routing = route(p, x_td, cfg)
+    load_e = jnp.zeros(cfg.count, jnp.int32).at[routing.experts_tk].add(valid_t[:, None].astype(jnp.int32))
+    y_td = mix_experts(p.experts, x_td, routing)
+    return (y_td if p.shared is None else y_td + mlp(p.shared, x_td)), load_e
+
+
+def route(p: Moe, x_td: Float[Array, "t d"], cfg: Experts) -> Routing:
+    """Chooses `k` experts a token, in float32 (arXiv:2412.19437, eq. 12 to 16; arXiv:2405.04434, eq. 20 to 24).
+
+    Experts outside the best groups can't be chosen: they get -inf, as in DeepSeek's own code. (Hugging Face gives them
+    0, which differs when the biased scores of a chosen group are negative.)
+    """
+    logits_te = jnp.einsum("td,ed->te", x_td.astype(jnp.float32), p.w_router.astype(jnp.float32))
+    scores_te = jax.nn.sigmoid(logits_te) if cfg.router == "sigmoid" else jax.nn.softmax(logits_te, axis=-1)
+    choice_te = scores_te if p.bias is None else scores_te + p.bias[None]
+    if cfg.groups > 1:
+        choice_te = _keep_best_groups(choice_te, cfg)
+    _, experts_tk = jax.lax.top_k(choice_te, cfg.per_token)
+    weights_tk = jnp.take_along_axis(scores_te, experts_tk, axis=1)
+    if cfg.normalize:
+        weights_tk = weights_tk / (weights_tk.sum(axis=-1, keepdims=True) + 1e-20)  # as Hugging Face: never 0/0
+    return Routing(experts_tk, weights_tk * cfg.weight_scale)
+
+
+def _keep_best_groups(choice_te: Array, cfg: Experts) -> Array:
+    """-inf for experts outside the `groups_per_token` best groups: by their two best (sigmoid), or best (softmax) expert."""
+    groups_tge = choice_te.reshape(choice_te.shape[0], cfg.groups, -1)
+    best = min(2 if cfg.router == "sigmoid" else 1, groups_tge.shape[-1])
+    scores_tg = jax.lax.top_k(groups_tge, best)[0].sum(axis=-1)
+    _, chosen_tg = jax.lax.top_k(scores_tg, cfg.groups_per_token)
+    kept_tg = jax.nn.one_hot(chosen_tg, cfg.groups, dtype=bool).any(axis=1)
+    return jnp.where(kept_tg[:, :, None], groups_tge, -jnp.inf).reshape(choice_te.shape)
+
+
+def mix_experts(
+    p: Mlp, x_td: Float[Array, "t d"], routing: Routing, implementation: str | None = None
+) -> Float[Array, "t d"]:
+    """Each token's weighted sum over its experts. All implementations give the same result and drop nothing.
+
+    "dense" runs every expert on every token: the fewest copies, for few tokens. "blocks" sorts tokens by expert and runs
+    blocks of one expert each: work in proportion to the tokens. None chooses by their cost.
+    """
+    plans = {"dense": _mix_dense, "blocks": _mix_blocks}
+    if implementation is None:
+        implementation = _cheaper(*routing.experts_tk.shape, experts=p.w_gate.shape[0])
+    if implementation not in plans:
+        raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
+    return plans[implementation](p, x_td, routing)
+
+
+def _cheaper(t: int, k: int, experts: int) -> str:
+    """Blocks read a copy of each block's weights (three times the traffic); dense reads all weights once."""
+    size, count = block_shape(t, k, experts)
+    return "dense" if t <= 32 and experts <= 3 * count else "blocks"
+
+
+def _mix_dense(p: Mlp, x_td: Array, routing: Routing) -> Array:
+    hidden_etf = jax.nn.silu(einsum("td,efd->etf", x_td, p.w_gate)) * einsum("td,efd->etf", x_td, p.w_up)
+    y_etd = einsum("etf,edf->etd", hidden_etf, p.w_down)
+    y_tkd = y_etd[routing.experts_tk, jnp.arange(x_td.shape[0])[:, None]]
+    return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+
+
+def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
+    """Rows of a block, and how many blocks hold any routing of `t` tokens to `k` of `experts` each.
+
+    A block is about as large as an expert's fair share; every expert that is visited wastes less than one block.
+    """
+    size = min(64, max(2, 1 << (t * k // experts).bit_length()))
+    return size, min(t * k, t * k // size + min(experts, t * k))
+
+
+def _mix_blocks(p: Mlp, x_td: Array, routing: Routing) -> Array:
+    t, k = routing.experts_tk.shape
+    size, count = block_shape(t, k, p.w_gate.shape[0])
+    row_tk, expert_i = assign_blocks(routing.experts_tk, p.w_gate.shape[0], size, count)
+    token_m = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None])
+    x_imd = jnp.take(x_td, token_m, axis=0, mode="fill", fill_value=0).reshape(count, size, -1)
+    gate, up, down = (w[expert_i] for w in p)
+    hidden_imf = jax.nn.silu(einsum("imd,ifd->imf", x_imd, gate)) * einsum("imd,ifd->imf", x_imd, up)
+    y_md = einsum("imf,idf->imd", hidden_imf, down).reshape(count * size, -1)
+    return jnp.einsum("tkd,tk->td", y_md[row_tk], routing.weights_tk.astype(y_md.dtype))
+
+
+def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count: int) -> tuple[Array, Array]:
+    """A row for each (token, choice), such that a block of `size` rows has one expert: rows `[t, k]`, experts `[count]`."""
+    flat = experts_tk.reshape(-1)
+    load_e = jnp.zeros(experts, jnp.int32).at[flat].add(1)
+    blocks_e = -(-load_e // size)
+    first_block_e = jnp.cumsum(blocks_e) - blocks_e
+    order = jnp.argsort(flat, stable=True)
+    rank = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=flat.dtype))
+    rank_in_expert = rank - (jnp.cumsum(load_e) - load_e)[flat]
+    row_tk = (first_block_e[flat] * size + rank_in_expert).reshape(experts_tk.shape)
+    expert_i = jnp.searchsorted(jnp.cumsum(blocks_e), jnp.arange(count), side="right")
+    return row_tk, jnp.minimum(expert_i, experts - 1)

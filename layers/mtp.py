@@ -1,0 +1,33 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): a layer that guesses the token after the next."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.layers.batch import Batch
+from jaxserve.layers.config import Config
+from jaxserve.layers.linear import einsum
+from jaxserve.layers.norm import rms_norm
+from jaxserve.layers.transformer import Model, Mtp, decoder_layer
+
+
+class Draft(NamedTuple):
+    """What an MTP module computes."""
+
+    hidden_td: Float[Array, "t d"]  # normed: for the head, and for the module again to draft one token further
+    cache: Any
+    load_e: Int[Array, " e"] | None
+
+
+def draft(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config) -> Draft:
+    """Joins the hidden state at a position with the embedding of the token after it; the result predicts the one after that.
+
+    `batch.tokens_t` holds the *next* tokens: for a row with the hidden state of position i, the token of position i + 1,
+    and i in `positions_t`. `cache` is the module's own.
+    """
+    embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
+    joined_td = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
+    x_td = einsum("tm,dm->td", joined_td, mtp.w_join)
+    x_td, cache, load_e = decoder_layer(mtp.layer, x_td, cache, batch, cfg)
+    return Draft(rms_norm(x_td, mtp.norm, cfg.norm_eps), cache, load_e)

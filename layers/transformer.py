@@ -1,0 +1,117 @@
+"""The whole model as functions of its weights, a step's tokens and the cache."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.layers.attention import Gqa, gqa, gqa_cache, gqa_params
+from jaxserve.layers.batch import Batch
+from jaxserve.layers.config import Config, LatentAttention
+from jaxserve.layers.dims import Leaf
+from jaxserve.layers.linear import einsum
+from jaxserve.layers.mla import Mla, mla, mla_cache, mla_params
+from jaxserve.layers.moe import Mlp, Moe, mlp, mlp_params, moe, moe_params
+from jaxserve.layers.norm import rms_norm
+from jaxserve.parallel.sharding import Param
+
+
+class Layer(NamedTuple):
+    """A decoder layer."""
+
+    attn_norm: Leaf  # d   input_layernorm
+    attn: Mla | Gqa
+    ffn_norm: Leaf  # d    post_attention_layernorm
+    ffn: Mlp | Moe
+
+
+class Mtp(NamedTuple):
+    """A multi-token prediction module (arXiv:2412.19437, section 2.2); it shares the model's embedding and head."""
+
+    embed_norm: Leaf  # d    enorm
+    hidden_norm: Leaf  # d   hnorm
+    w_join: Leaf  # d (2d)   eh_proj: of the embedding, then of the hidden state
+    layer: Layer
+    norm: Leaf  # d          shared_head.norm
+
+
+class Model(NamedTuple):
+    """All weights."""
+
+    embed: Leaf  # u d         embed_tokens
+    layers: tuple[Layer, ...]
+    norm: Leaf  # d            norm
+    head: Leaf | None  # u d   lm_head; None: the embedding serves
+    mtp: tuple[Mtp, ...]
+
+
+class Output(NamedTuple):
+    """What a step computes before any token is chosen."""
+
+    hidden_td: Float[Array, "t d"]  # normed: what the head and the MTP module read
+    cache: tuple[Any, ...]
+    load_le: Int[Array, "l e"]  # tokens each expert got, padding left out; one row per mixture layer
+
+
+def model_params(cfg: Config, dtype: Any = jnp.float32) -> Model:
+    """The tree of `Param` that describes the model's weights."""
+    embedding = Param((cfg.vocab_size, cfg.width), ("u", "d"), dtype, std=cfg.width**-0.5)
+    gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
+    return Model(
+        embed=embedding,
+        layers=tuple(_layer_params(cfg, is_moe, dtype) for is_moe in cfg.is_moe),
+        norm=gain,
+        head=None if cfg.tied_embeddings else embedding,
+        mtp=tuple(_mtp_params(cfg, dtype) for _ in range(cfg.mtp_layers)),
+    )
+
+
+def _layer_params(cfg: Config, is_moe: bool, dtype: Any) -> Layer:
+    gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
+    attention = mla_params if isinstance(cfg.attention, LatentAttention) else gqa_params
+    ffn = moe_params(cfg, cfg.experts, dtype) if is_moe else mlp_params(cfg.width, cfg.dense_width, dtype)
+    return Layer(gain, attention(cfg, cfg.attention, dtype), gain, ffn)
+
+
+def _mtp_params(cfg: Config, dtype: Any) -> Mtp:
+    gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
+    join = Param((cfg.width, 2 * cfg.width), ("d", None), dtype, std=(2 * cfg.width) ** -0.5)
+    return Mtp(gain, gain, join, _layer_params(cfg, cfg.experts is not None, dtype), gain)
+
+
+def cache_params(cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+    """The tree of `Param` of the paged cache: one entry a layer, the MTP layers' last."""
+    make = mla_cache if isinstance(cfg.attention, LatentAttention) else gqa_cache
+    return tuple(make(cfg.attention, pages, page_size, dtype) for _ in range(cfg.layers + cfg.mtp_layers))
+
+
+def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> Output:
+    """Runs a step's tokens through the layers; the cache gains their entries. MTP layers' caches pass unchanged."""
+    x_td = model.embed[batch.tokens_t]
+    caches, loads = list(cache), []
+    for i, layer in enumerate(model.layers):
+        x_td, caches[i], load_e = decoder_layer(layer, x_td, caches[i], batch, cfg)
+        if load_e is not None:
+            loads.append(load_e)
+    load_le = jnp.stack(loads) if loads else jnp.zeros((0, 0), jnp.int32)
+    return Output(rms_norm(x_td, model.norm, cfg.norm_eps), tuple(caches), load_le)
+
+
+def decoder_layer(
+    p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
+) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:
+    attention = mla if isinstance(p.attn, Mla) else gqa
+    y_td, cache = attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg, cfg.attention)
+    x_td = x_td + y_td
+    normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
+    if isinstance(p.ffn, Mlp):
+        return x_td + mlp(p.ffn, normed_td), cache, None
+    y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts)
+    return x_td + y_td, cache, load_e
+
+
+def logits(model: Model, hidden_td: Float[Array, "t d"]) -> Float[Array, "t u"]:
+    """Scores of the next token, float32, for normed hidden states."""
+    head = model.embed if model.head is None else model.head
+    return einsum("td,ud->tu", hidden_td, head).astype(jnp.float32)

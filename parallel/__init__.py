@@ -1,0 +1,1 @@
+"""Meshes, shardings, the expert exchange, placement and transfer."""

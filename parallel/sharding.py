@@ -1,0 +1,91 @@
+"""What an array is before it exists, and where its parts belong on a mesh.
+
+One tree of `Param` describes a model's weights; initial values, abstract arrays, shardings, imported files and
+memory accounts are each a `jax.tree.map` over it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Mapping[str, str | tuple[str, ...]]
+"""Mesh axes of each logical axis (a letter of `layers.dims`); an axis that is absent is replicated."""
+
+
+class ShardingError(ValueError):
+    """An array cannot be split as the rules ask."""
+
+
+@dataclass(frozen=True)
+class Param:
+    """A weight that does not exist yet: a leaf, so that trees of it map to trees of arrays, shardings or files."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # one letter of `layers.dims` an axis; None: never split
+    dtype: Any = jnp.float32
+    mean: float = 0.0  # of the initial values
+    std: float = 0.0
+
+    def __post_init__(self):
+        if len(self.axes) != len(self.shape):
+            raise ShardingError(
+                f"shape {self.shape} has {len(self.shape)} axes, axes {self.axes} name {len(self.axes)}"
+            )
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * jnp.dtype(self.dtype).itemsize
+
+
+def named_sharding(name: str, param: Param, mesh: Mesh, rules: Rules) -> NamedSharding:
+    """Where the parts of `param` belong; raises ShardingError, with `name`, if an axis does not divide."""
+    spec = [rules.get(axis) if axis else None for axis in param.axes]
+    used = [m for entry in spec if entry for m in ((entry,) if isinstance(entry, str) else entry)]
+    if len(used) != len(set(used)):
+        raise ShardingError(f"{name}: axes {param.axes} use a mesh axis twice: {spec}")
+    for axis, size, entry in zip(param.axes, param.shape, spec, strict=True):
+        parts = math.prod(mesh.shape[m] for m in ((entry,) if isinstance(entry, str) else entry or ()))
+        if size % parts:
+            raise ShardingError(
+                f"{name}: axis {axis!r} of size {size} does not divide over the {parts} devices of {entry}"
+            )
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The tree of shardings of a tree of `Param`."""
+    return jax.tree.map_with_path(lambda path, p: named_sharding(jax.tree_util.keystr(path), p, mesh, rules), params)
+
+
+def abstract(params: Any, placement: Any = None) -> Any:
+    """The tree of `jax.ShapeDtypeStruct` of a tree of `Param`, with shardings if `placement` has them."""
+    if placement is None:
+        return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    return jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, placement)
+
+
+def zeros(params: Any) -> Any:
+    """The tree of arrays of zeros of a tree of `Param`."""
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+
+
+def initialize(params: Any, key: jax.Array) -> Any:
+    """The tree of random arrays of a tree of `Param`: normal with its mean and standard deviation."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten(_draw(p, k) for p, k in zip(leaves, keys, strict=True))
+
+
+def _draw(param: Param, key: jax.Array) -> jax.Array:
+    if param.std == 0.0:
+        return jnp.full(param.shape, param.mean, param.dtype)
+    return (param.mean + param.std * jax.random.normal(key, param.shape)).astype(param.dtype)

@@ -1,0 +1,36 @@
+"""Every test runs strict and on eight emulated devices."""
+
+import os
+import zlib
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # inherited by the processes that tests start
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A repeated run compiles nothing. Only with a size limit does JAX lock the cache, which the workers of xdist share.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Before anything imports jaxserve: modules that are loaded already are not checked.
+jaxtyping.install_import_hook("jaxserve", "beartype.beartype")
+
+# The first example compiles, the others do not: a deadline would call that flaky.
+hypothesis.settings.register_profile("jaxserve", deadline=None)
+hypothesis.settings.load_profile("jaxserve")
+
+
+@pytest.fixture
+def key(request: pytest.FixtureRequest) -> jax.Array:
+    """A random key that depends on nothing but the test's name (with its parameters)."""
+    return jax.random.key(zlib.crc32(request.node.name.encode()))
