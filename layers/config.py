@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A `config.json` lacks what is needed, contradicts itself, or asks for something that is not supported."""
+from jaxserve.parallel.errors import ConfigError
 
 
 @dataclass(frozen=True)

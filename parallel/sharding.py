@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxserve.parallel.errors import ShardingError
+
 Rules = Mapping[str, str | tuple[str, ...]]
 """Mesh axes of each logical axis (a letter of `layers.dims`); an axis that is absent is replicated."""
-
-
-class ShardingError(ValueError):
-    """An array cannot be split as the rules ask."""
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,13 @@ def resume(checkpoints: ocp.CheckpointManager, tx: Any, cfg: Config, start: int 
 def _point(step: int, tokens: int, parts: Losses, held: Losses) -> dict[str, Any]:
     """A line of the curve: tokens seen, nats per token, and the busiest expert's load over the mean of its layer."""
     skew = (parts.load_le.max(axis=1) / parts.load_le.mean(axis=1)).max()
-    losses = {"train": parts.main, "train_mtp": parts.mtp, "held_out": held.main, "held_out_mtp": held.mtp, "skew": skew}
+    losses = {
+        "train": parts.main,
+        "train_mtp": parts.mtp,
+        "held_out": held.main,
+        "held_out_mtp": held.mtp,
+        "skew": skew,
+    }
     return {"step": step, "tokens": step * tokens} | {name: round(float(x), 4) for name, x in losses.items()}
 
 

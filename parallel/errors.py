@@ -1,0 +1,30 @@
+"""Every error that jaxserve raises on purpose. This folder is the leftmost, so that all can raise them.
+
+    JaxserveError
+    ├── ConfigError        config.json lacks a key, contradicts itself, or asks for what is not supported
+    ├── CheckpointError    files of weights or of the tokenizer are missing, damaged, or not those of the config
+    ├── ShardingError      an array cannot be split over the mesh as the rules ask
+    └── RequestError       a prompt or a sampling parameter that the engine cannot serve
+
+All are ValueErrors too. Each says what is wrong, where, and what to do about it.
+"""
+
+
+class JaxserveError(ValueError):
+    """The root of the tree."""
+
+
+class ConfigError(JaxserveError):
+    """A `config.json` lacks what is needed, contradicts itself, or asks for something that is not supported."""
+
+
+class CheckpointError(JaxserveError):
+    """Files of a checkpoint are missing, damaged, or not what its config announces."""
+
+
+class ShardingError(JaxserveError):
+    """An array cannot be split over the mesh as the rules ask."""
+
+
+class RequestError(JaxserveError):
+    """A prompt or a sampling parameter that the engine cannot serve; nothing was queued."""
