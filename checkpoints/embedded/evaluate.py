@@ -1,0 +1,133 @@
+"""What the embedded model is worth on held-out text, beside an n-gram model of the same tokens.
+
+`python -m jaxserve.checkpoints.embedded.evaluate` prints it for the model that ships.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from jaxtyping import Array, Bool, Float, Int
+from tokenizers import Tokenizer
+
+from jaxserve.checkpoints import hf
+from jaxserve.checkpoints.embedded import corpus, ngram
+from jaxserve.checkpoints.hub import EMBEDDED
+from jaxserve.layers.batch import Batch
+from jaxserve.layers.config import Config
+from jaxserve.layers.mtp import draft
+from jaxserve.layers.transformer import Model, cache_params, forward, logits
+from jaxserve.parallel.sharding import zeros
+
+WINDOW = 1024  # tokens the model sees at once
+FRESH = 512  # of those, the last, that count: every token but a module's first has at least this much before it
+ROWS = 4  # windows computed together
+
+
+class Score(NamedTuple):
+    """Of each position of a window: what the model gave the next token, and what it and its MTP module expected."""
+
+    log2_t: Float[Array, "s t"]
+    expected_t: Int[Array, "s t"]  # the most probable next token
+    drafted_t: Int[Array, "s t"]  # the MTP module's guess at the token after the next
+
+
+class Window(NamedTuple):
+    """A stretch of a module, padded to WINDOW + 1 tokens."""
+
+    tokens: np.ndarray
+    counted: np.ndarray  # bool[WINDOW]: positions whose next token counts
+    drafted: np.ndarray  # bool[WINDOW]: positions whose next but one is in the window too
+
+
+class Report(NamedTuple):
+    """The numbers of the model card."""
+
+    held_out_modules: int
+    held_out_bytes: int
+    held_out_tokens: int
+    bits_per_byte: float
+    ngram_bits_per_byte: float
+    better_than_ngram: float  # share by which the bits fall
+    next_token_accuracy: float
+    mtp_acceptance: float  # share of positions where the MTP module's greedy guess is the model's own greedy choice
+
+
+def windows(ids: np.ndarray, begin: int) -> list[Window]:
+    """Cuts a module into overlapping windows that together count each of its tokens once."""
+    tokens = np.concatenate([[begin], ids]).astype(np.int32)
+    cut, done = [], 0
+    while done < len(ids):
+        end = min(len(ids), done + (WINDOW if done == 0 else FRESH))
+        start = max(0, end - WINDOW)
+        piece = tokens[start : end + 1]
+        position = np.arange(WINDOW)
+        counted = (position >= done - start) & (position < end - start)
+        cut.append(Window(np.pad(piece, (0, WINDOW + 1 - len(piece))), counted, position < end - start - 1))
+        done = end
+    return cut
+
+
+def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Score:
+    """Runs whole windows through the model and its MTP module."""
+    s, t = tokens_st.shape[0], tokens_st.shape[1] - 1
+    inputs, following = tokens_st[:, :-1].reshape(-1), tokens_st[:, 1:].reshape(-1)
+    batch = Batch(inputs, jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
+    out = forward(model, batch, zeros(cache_params(cfg, s, t)), cfg)
+    ahead = draft(model, model.mtp[0], out.hidden_td, batch._replace(tokens_t=following), out.cache[-1], cfg)
+    scores_tu = logits(model, out.hidden_td)
+    log_t = jnp.take_along_axis(jax.nn.log_softmax(scores_tu), following[:, None], axis=1)[:, 0]
+    drafted_t = jnp.argmax(logits(model, ahead.hidden_td), axis=-1)
+    parts = (log_t / jnp.log(2.0), jnp.argmax(scores_tu, axis=-1), drafted_t)
+    return Score(*(part.reshape(s, t) for part in parts))
+
+
+def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show=lambda done, total: None) -> Report:
+    """Scores all held-out modules of the running interpreter's library."""
+    training, held_out = corpus.split(corpus.modules())
+    documents, begin = corpus.encode(tokenizer, held_out), tokenizer.token_to_id(corpus.BEGIN)
+    cut = [w for ids in documents for w in windows(ids, begin)]
+    run = jax.jit(score, static_argnums=2)
+    bits, right, counted, agreed, drafted = 0.0, 0, 0, 0, 0
+    for i in range(0, len(cut), ROWS):
+        part = Window(*(np.stack(column) for column in zip(*(cut + cut[:ROWS])[i : i + ROWS], strict=True)))
+        fresh = np.arange(i, i + ROWS)[:, None] < len(cut)  # the last rows only fill up
+        got = Score(*(np.asarray(column) for column in run(model, jnp.asarray(part.tokens), cfg)))
+        of, pairs = part.counted & fresh, (part.counted & part.drafted & fresh)[:, :-1]
+        bits -= got.log2_t[of].sum()
+        right += (got.expected_t == part.tokens[:, 1:])[of].sum()
+        agreed += (got.drafted_t[:, :-1] == got.expected_t[:, 1:])[pairs].sum()
+        counted, drafted = counted + of.sum(), drafted + pairs.sum()
+        show(min(i + ROWS, len(cut)), len(cut))
+    size = sum(len(m.text.encode()) for m in held_out)
+    baseline = ngram.fit(corpus.encode(tokenizer, training), cfg.vocab_size, bos=begin)
+    rival = -sum(ngram.log2_probabilities(baseline, ids).sum() for ids in documents) / size
+    return Report(
+        held_out_modules=len(held_out),
+        held_out_bytes=size,
+        held_out_tokens=int(counted),
+        bits_per_byte=float(bits / size),
+        ngram_bits_per_byte=float(rival),
+        better_than_ngram=float(1 - bits / size / rival),
+        next_token_accuracy=float(right / counted),
+        mtp_acceptance=float(agreed / drafted),
+    )
+
+
+def main(
+    folder: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder with the embedded model's tokenizer.")
+    ] = EMBEDDED,
+) -> None:
+    """Prints held-out bits per byte, accuracy and MTP acceptance as JSON."""
+    cfg, model = hf.load(folder)
+    report = evaluate(model, cfg, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    typer.echo(json.dumps(report._asdict(), indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,38 @@
+"""Finding a model: the embedded one, a folder, or a name on the Hugging Face hub."""
+
+from pathlib import Path
+
+from jaxserve.parallel.errors import CheckpointError
+
+EMBEDDED = Path(__file__).parent / "embedded" / "model"
+WANTED = ["*.json", "*.safetensors", "*.jinja"]
+
+
+def locate(model: str | Path | None) -> Path:
+    """The folder of a model: None is the embedded one, a name like `deepseek-ai/DeepSeek-V3` is fetched and kept.
+
+    Raises CheckpointError that says what was looked for, and where.
+    """
+    if model is None:
+        return EMBEDDED
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; name the folder that holds config.json and the weights")
+    if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        raise CheckpointError(f"{model} is no folder here, and no name on the hub (those look like owner/name)")
+    return _fetch(str(model))
+
+
+def _fetch(name: str) -> Path:
+    import huggingface_hub  # slow to import, and rarely needed
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{name} is no folder here, and could not be fetched from the hub ({type(error).__name__}: {error}). "
+            "Check the name and the network, or name a folder."
+        ) from None

@@ -1,0 +1,65 @@
+"""Checkpoints of our own: weights saved with orbax as they are in memory, the config and the tokenizer beside them.
+
+    folder/config.json  folder/tokenizer.json …  folder/weights/
+
+They restore onto any number of devices: each reads the parts that belong to it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxserve.checkpoints.hf import read_json
+from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import Model, model_params
+from jaxserve.parallel.errors import CheckpointError
+from jaxserve.parallel.sharding import abstract
+
+WEIGHTS = "weights"
+
+
+def is_store(folder: Path) -> bool:
+    """Whether the folder was written by `save`."""
+    return (folder / WEIGHTS).is_dir()
+
+
+def save(folder: Path, model: Model, beside: Path) -> None:
+    """Saves weights, and copies the config and all that is not weights from the folder `beside`.
+
+    Raises CheckpointError if the folder exists and holds something: nothing is overwritten.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not empty; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in beside.iterdir():
+        if path.suffix in {".json", ".jinja"} and not path.name.endswith(".index.json"):
+            shutil.copy(path, folder)
+    (folder / "config.json").write_text(json.dumps(_as_saved(read_json(beside), model), indent=2) + "\n")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / WEIGHTS, model)
+
+
+def _as_saved(raw: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The config of what is in memory: FP8 codes are values by now, an MTP module that was absent is not announced."""
+    kept = {key: value for key, value in raw.items() if key != "quantization_config"}
+    return kept | ({"num_nextn_predict_layers": len(model.mtp)} if "num_nextn_predict_layers" in raw else {})
+
+
+def restore(folder: Path, dtype: Any, placement: Any = None) -> tuple[Config, Model]:
+    """Reads what `save` wrote, converted to `dtype`; `placement` is a tree of shardings, by default one device.
+
+    Raises CheckpointError if files are missing or damaged, or are not those of the config.
+    """
+    cfg = Config.from_hf(read_json(folder))
+    params = model_params(cfg, dtype)
+    if placement is None:
+        placement = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return cfg, checkpointer.restore(folder.absolute() / WEIGHTS, abstract(params, placement))
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} can't be restored as its config.json says: {error}") from error

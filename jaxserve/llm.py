@@ -1,0 +1,145 @@
+"""The Python API: load a model, continue prompts."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.checkpoints import hf, store
+from jaxserve.checkpoints.hub import locate
+from jaxserve.compilation import enable_cache
+from jaxserve.engine import Engine, EngineConfig
+from jaxserve.layers.config import Config
+from jaxserve.parallel.errors import ConfigError, RequestError
+from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
+from jaxserve.tokenizer import Tokenizer
+
+__all__ = ["LLM"]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model that is loaded and ready.
+
+        llm = LLM()                                        # the embedded model
+        llm = LLM("path/to/model", dtype="bfloat16")       # a Hugging Face folder, or a name on the hub
+        for output in llm.generate(["def f(x):"], SamplingParams(temperature=0, max_tokens=32)):
+            print(output.outputs[0].text)
+
+    `dtype` is that of weights, activations and cache: "float32", "bfloat16", "float16", or "auto": the checkpoint's own,
+    but float32 on CPU, which has no fast 16-bit products.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        seed: int = 0,
+        progress: hf.Progress | None = None,
+    ):
+        """Loads a model; `progress` is told the bytes in place and in all.
+
+        Raises CheckpointError, ConfigError or RequestError that name what is wrong.
+        """
+        enable_cache()
+        folder = locate(model)
+        self.tokenizer = Tokenizer.from_folder(folder)
+        cfg, weights = load(folder, resolve_dtype(dtype, hf.read_json(folder)), progress)
+        options = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len, seed=seed)
+        self.engine = Engine(weights, cfg, self.tokenizer, options)
+        self._ids = itertools.count()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
+
+        `params` are for all prompts or one for each. Raises RequestError, and generates nothing, if one can't be served.
+        """
+        requests = self._requests(prompts, params)
+        results = {r.id: _empty_result(r) for r in requests}
+        for output in self._run(requests):
+            _extend(results[output.request_id], output)
+        return list(results.values())
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Output]:
+        """Like `generate`, but yields what each step adds to an answer, as it comes."""
+        return self._run(self._requests(prompts, params))
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any) -> RequestOutput:
+        """Answers a conversation, rendered by the model's own chat template; `template` is passed on to it."""
+        return self.generate([self.tokenizer.apply_chat_template(messages, **template)], params)[0]
+
+    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Any) -> list[Request]:
+        if isinstance(prompts, str) or (prompts and all(isinstance(t, int) for t in prompts)):
+            prompts = [prompts]  # type: ignore[list-item]
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
+        if len(each) != len(prompts):
+            raise RequestError(
+                f"{len(prompts)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
+            )
+        return [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        request = Request(str(next(self._ids)), tuple(ids), params, text)
+        self.engine.check(request)
+        return request
+
+    def _run(self, requests: list[Request]) -> Iterator[Output]:
+        """Steps until all are answered; those that are not, because the caller went away, are aborted."""
+        running = {request.id for request in requests}
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while running:
+                for output in self.engine.step():
+                    if output.finish_reason:
+                        running.discard(output.request_id)
+                    yield output
+        finally:
+            for request_id in running:
+                self.engine.abort(request_id)
+
+
+def load(folder: Path, dtype: Any, progress: hf.Progress | None = None) -> tuple[Config, Any]:
+    """The weights of a folder that `checkpoints.store` saved, or of a Hugging Face checkpoint."""
+    if store.is_store(folder):
+        return store.restore(folder, dtype)
+    return hf.load(folder, dtype, progress=progress)
+
+
+def resolve_dtype(dtype: str, raw: Mapping[str, Any]) -> Any:
+    """The dtype by its name, or what "auto" stands for on this machine."""
+    if dtype == "auto":
+        cpu = jax.default_backend() == "cpu"
+        dtype = "float32" if cpu else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype {dtype!r} is not supported; supported: auto, float32, bfloat16, float16")
+    return jnp.dtype(dtype)
+
+
+def _empty_result(request: Request) -> RequestOutput:
+    logprobs = None if request.params.logprobs is None else []
+    answer = CompletionOutput(index=0, logprobs=logprobs)
+    return RequestOutput(request.id, request.prompt, list(request.prompt_token_ids), [answer])
+
+
+def _extend(result: RequestOutput, output: Output) -> None:
+    answer = result.outputs[0]
+    answer.text += output.text
+    answer.token_ids += output.token_ids
+    if answer.logprobs is not None:
+        answer.logprobs += output.logprobs
+    answer.finish_reason, answer.stop_reason = output.finish_reason, output.stop_reason

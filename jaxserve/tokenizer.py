@@ -1,0 +1,277 @@
+"""Text to token ids and back, as a checkpoint's `tokenizer.json` says; back also piece by piece, while ids come in."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from jaxserve.chat import choose_template, read_templates, render_chat
+from jaxserve.parallel.errors import CheckpointError, RequestError
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. Immutable, so threads may share it; a `TextStream` belongs to one request.
+
+    vocab_size: one more than the largest id. A model's embedding may have more rows; their ids decode to nothing.
+    bos_id, eos_ids: the token that opens a text, if there is one, and those that end what a model says.
+    special_tokens: by name, as chat templates use them: `{"bos_token": "<s>", …}`.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_ids: Sequence[int] = (),
+        add_bos: bool = False,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        """Takes `backend` over. `add_bos`: encoded text opens with `bos_token` even if `tokenizer.json` adds none.
+
+        Raises CheckpointError if a named token is not in the vocabulary, or ids can't be decoded one after another.
+        """
+        backend.no_truncation()  # a tokenizer.json saved after training may cut or pad every prompt
+        backend.no_padding()
+        self._backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_templates = dict(chat_templates or {})
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        self.bos_id = self._named("bos_token")
+        eos_id = self._named("eos_token")
+        self.eos_ids = tuple(dict.fromkeys([*eos_ids, *([] if eos_id is None else [eos_id])]))
+        added = backend.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._prepends_bos = add_bos and self.bos_id is not None and backend.encode("").ids[:1] != [self.bos_id]
+        self._decoder = backend.decoder
+        self._decoder_kinds = _checked_kinds(self._decoder)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Reads `tokenizer.json` and, where they exist, the files of settings and chat templates beside it.
+
+        Raises CheckpointError that names the file.
+        """
+        backend = _read_backend(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        return cls(
+            backend,
+            special_tokens=_contents(_read_json(folder / "special_tokens_map.json") | config),
+            eos_ids=eos if isinstance(eos, list) else [] if eos is None else [eos],
+            add_bos=bool(config.get("add_bos_token")),
+            chat_templates=read_templates(folder, config),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`. The names of special tokens in it become those tokens; to open with BOS twice, write it."""
+        try:
+            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # how the library says that a str is not valid Unicode
+            raise RequestError("the text has half of a surrogate pair, which no UTF-8 can hold; remove it") from None
+        return [self.bos_id, *ids] if add_special_tokens and self._prepends_bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError:
+            raise RequestError(
+                f"token ids must be from 0 to {self.vocab_size - 1}; got {min(ids)} to {max(ids)}"
+            ) from None
+
+    def apply_chat_template(
+        self, messages: Any, *, tools: Any = None, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> list[int]:
+        """Ids of the prompt that the chat template makes; see `render_chat`. BOS is there if the template writes it."""
+        template = choose_template(self.chat_templates, tools)
+        variables = self.special_tokens | kwargs
+        text = render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def id_to_token(self, id: int) -> str | None:
+        """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`); None if there is none."""
+        return self._backend.id_to_token(id)
+
+    def token_bytes(self, id: int) -> bytes:
+        """What a token adds to a text that has begun, special tokens too; of part of a character, its bytes."""
+        token = self.id_to_token(id)
+        if token is None:
+            return b""
+        if "ByteLevel" in self._decoder_kinds:
+            return _bytes(token)
+        if "ByteFallback" in self._decoder_kinds and _BYTE.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return _continue(self._decoder, [token]).encode()
+
+    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
+        """For one request: its text while its ids come in."""
+        return TextStream(self, skip_special_tokens)
+
+    def _named(self, name: str) -> int | None:
+        content = self.special_tokens.get(name)
+        if content is None:
+            return None
+        id = self._backend.token_to_id(content)
+        if id is None:
+            raise CheckpointError(
+                f"tokenizer_config.json names {content!r} as {name}, but tokenizer.json has no such token; "
+                "they are not of the same model, fetch both again"
+            )
+        return id
+
+
+class TextStream:
+    """The text of ids that come in pieces. All that `push` and `finish` return, joined, is `decode` of all the ids.
+
+    What is returned is final. Held back is only what later ids may change: of byte-level tokens, the up to three bytes
+    of a character's beginning; of SentencePiece's, the byte tokens at the end, for one bad byte spoils its whole run
+    (`<0xE2><0x82>…`, an emoji or two). Work is linear in the ids, whatever they are.
+    """
+
+    # Not tokenizers' DecodeStream: it holds back all that ends in U+FFFD, decodes it again at every id, has no end at
+    # which to ask for the rest, and drops or garbles text after bytes that are no UTF-8.
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._token = tokenizer.id_to_token
+        self._skipped = tokenizer._special if skip_special_tokens else frozenset()
+        self._text = _ByteText() if "ByteLevel" in tokenizer._decoder_kinds else _PieceText(tokenizer._decoder)
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that `ids` make final, possibly none."""
+        tokens = (self._token(id) for id in ids)
+        return self._text.push([token for token in tokens if token is not None and token not in self._skipped])
+
+    def finish(self) -> str:
+        """The text still held back; a character that was never completed is U+FFFD. Nothing may be pushed after."""
+        return self._text.finish()
+
+
+class _ByteText:
+    """Byte-level tokens (GPT-2's): each is bytes, whatever its neighbours are."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, tokens: list[str]) -> str:
+        return self._utf8.decode(b"".join(map(_bytes, tokens)))
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _PieceText:
+    """SentencePiece's tokens: pieces of text, of which the first may lose a space, and runs of single bytes."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._held: list[str] = []
+        self._settled = 0  # of the held tokens, those that no byte can join any more
+        self._begun = False
+
+    def push(self, tokens: list[str]) -> str:
+        for token in tokens:
+            self._held.append(token)
+            if not _BYTE.fullmatch(token):
+                self._settled = len(self._held)
+        return self._take(self._settled)
+
+    def finish(self) -> str:
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        tokens = self._held[:count]
+        text = _continue(self._decoder, tokens) if self._begun else self._decoder.decode(tokens)
+        if text or self._begun:  # before there is text, the next token may still be the one that loses its space
+            self._begun, self._settled = True, 0
+            del self._held[:count]
+        return text
+
+
+def _continue(decoder: Any, tokens: list[str]) -> str:
+    """The text of `tokens` that follow others."""
+    return decoder.decode(["x", *tokens])[1:]
+
+
+_BYTE = re.compile("<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
+"""A byte token, as the library reads it: `<0x+A>` is one."""
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's spelling of the bytes: each as itself if that is printable in Latin-1, else as one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_characters()
+
+
+def _bytes(token: str) -> bytes:
+    """The bytes of a byte-level token; of an added token with other characters (`<｜end｜>`), its UTF-8."""
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _checked_kinds(decoder: Any) -> list[str]:
+    """The kinds of a decoder's steps; CheckpointError if `TextStream` doesn't know them to work from left to right."""
+    steps = _steps(json.loads(decoder.__getstate__())) if decoder else []
+    kinds = [step["type"] for step in steps]
+    pieces = {"Replace", "ByteFallback", "Strip", "Metaspace", "Fuse"}
+    joined = steps[kinds.index("Fuse") :] if "Fuse" in kinds else []
+    local = all(step["type"] == "Fuse" or step["type"] == "Strip" and not step["stop"] for step in joined)
+    if kinds != ["ByteLevel"] and not (kinds and pieces.issuperset(kinds) and local and decoder.decode(["x"]) == "x"):
+        raise CheckpointError(
+            f"tokenizer.json has a decoder of {' + '.join(kinds) or 'no kind'}, which is not supported; supported: "
+            f"ByteLevel, or {', '.join(sorted(pieces))} with nothing after Fuse but Strip at the start"
+        )
+    return kinds
+
+
+def _steps(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [step for inner in spec["decoders"] for step in _steps(inner)] if spec["type"] == "Sequence" else [spec]
+
+
+def _read_backend(folder: Path) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        others = [name for name in _OTHER_FORMS if (folder / name).is_file()]
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, the only form of tokenizer that is supported"
+            + "".join(f"; it has {name}: {_OTHER_FORMS[name]}" for name in others[:1])
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} is not a tokenizer ({error}); fetch it again, or update tokenizers") from None
+
+
+_CONVERT = "transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json"
+_OTHER_FORMS = {
+    "tiktoken.model": "transformers.convert_slow_tokenizer.TikTokenConverter makes a tokenizer.json of it, given the "
+    "pattern in the folder's tokenization_*.py",
+    "tokenizer.model": _CONVERT,
+    "vocab.json": _CONVERT,
+}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of `path`, an object; an empty one if the file doesn't exist."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not an object; fetch it again")
+    return content
+
+
+def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that `settings` name, each written as a string or as `{"content": …}`."""
+    named = {name: value for name, value in settings.items() if name.endswith("_token")}
+    named = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    return {name: value for name, value in named.items() if isinstance(value, str)}

@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.layers.linear import einsum
+from tests.tolerances import LAYER, OP, assert_close
+
+
+def rows_of_product(x, w) -> int:
+    """Rows of activations in the product that is run."""
+    jaxpr = jax.make_jaxpr(lambda x, w: einsum("td,fd->tf", x, w))(x, w)
+    (product,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    return product.outvars[0].aval.size // w.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "x", "w"),
+    [
+        ("td,fd->tf", (5, 7), (3, 7)),
+        ("td,hnd->thn", (1, 7), (2, 3, 7)),
+        ("thn,dhn->td", (5, 2, 3), (7, 2, 3)),
+        ("td,efd->etf", (5, 7), (4, 3, 7)),
+        ("imd,ifd->imf", (4, 5, 7), (4, 3, 7)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_equals_the_product_in_float64(key, spec, x, w, dtype):
+    x_array = jax.random.normal(key, x, dtype)
+    w_array = jax.random.normal(jax.random.fold_in(key, 1), w, dtype)
+    y = einsum(spec, x_array, w_array)
+    assert y.dtype == dtype
+    assert_close(y, np.einsum(spec, np.float64(x_array), np.float64(w_array)), OP if dtype == jnp.float32 else 1, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_single_row_of_16_bits_is_computed_as_two(key, dtype):
+    x, w = jax.random.normal(key, (1, 64), dtype), jax.random.normal(key, (9, 64), dtype)
+    assert rows_of_product(x, w) == 2
+    alone, beside = einsum("td,fd->tf", x, w), einsum("td,fd->tf", jnp.concatenate([x, 3 * x]), w)
+    assert alone.shape == (1, 9)
+    np.testing.assert_array_equal(alone, beside[:1])
+
+
+def test_other_products_have_no_row_too_many(key):
+    w = jax.random.normal(key, (9, 64))
+    assert rows_of_product(jnp.ones((1, 64)), w) == 1
+    assert rows_of_product(jnp.ones((3, 64), jnp.bfloat16), w.astype(jnp.bfloat16)) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_sums_of_16_bit_products_do_not_saturate(rows):
+    """Summed in bfloat16, ones would stop at 256."""
+    y = einsum("td,fd->tf", jnp.ones((rows, 4096), jnp.bfloat16), jnp.ones((2, 4096), jnp.bfloat16))
+    assert_close(y, np.full((rows, 2), 4096.0), 0)
+
+
+def test_float32_keeps_its_precision(key):
+    x, w = jax.random.normal(key, (2, 300)), jax.random.normal(jax.random.fold_in(key, 1), (3, 300))
+    assert_close(einsum("td,fd->tf", x, w), np.float64(x) @ np.float64(w).T, LAYER)
