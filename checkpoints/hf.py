@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Source:
-    """Which tensors of the files make a weight: the same values with its axes, cut, and stacked if there are several."""
+    """Which tensors of the files make a weight: the same values with its axes, cut, stacked if there are several."""
 
     names: tuple[str, ...]  # one, or one for each expert
     shape: tuple[int, ...]  # of each tensor
@@ -95,7 +95,7 @@ def save(folder: Path, model: Model, cfg: Config, raw: dict[str, Any]) -> None:
 def _place(tensors: Tensors, source: Source, param: Param, place: Any) -> jax.Array:
     if place is None:
         return jnp.asarray(_read(tensors, source, param.dtype, (slice(None),) * len(param.shape)))
-    return jax.make_array_from_callback(param.shape, place, partial(_read, tensors, source, param.dtype))
+    return jax.make_array_from_callback(param.shape, place, lambda i: _read(tensors, source, param.dtype, i or ()))
 
 
 def _read(tensors: Tensors, source: Source, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
@@ -118,7 +118,7 @@ def _values(tensors: Tensors, name: str) -> np.ndarray:
 
 
 def dequantize_blocks(codes: np.ndarray, scale: np.ndarray, block: int = 128) -> np.ndarray:
-    """float32 values of codes `[out, in]` with a scale for each block of 128 x 128 (arXiv:2412.19437, section 3.3.2)."""
+    """float32 values of codes `[out, in]` with a scale a block of 128 x 128 (arXiv:2412.19437, section 3.3.2)."""
     rows, columns = codes.shape
     spread = scale.astype(np.float32).repeat(block, axis=0)[:rows].repeat(block, axis=1)[:, :columns]
     return codes.astype(np.float32) * spread
@@ -205,10 +205,9 @@ def sources(cfg: Config, params: Model) -> Model:
 
 
 def _layer(at: str, p: Layer) -> Layer:
-    attention = _mla if isinstance(p.attn, Mla) else _gqa
     return Layer(
         attn_norm=_weight(f"{at}.input_layernorm", p.attn_norm),
-        attn=attention(f"{at}.self_attn", p.attn),
+        attn=_mla(f"{at}.self_attn", p.attn) if isinstance(p.attn, Mla) else _gqa(f"{at}.self_attn", p.attn),
         ffn_norm=_weight(f"{at}.post_attention_layernorm", p.ffn_norm),
         ffn=_moe(f"{at}.mlp", p.ffn) if isinstance(p.ffn, Moe) else _mlp(f"{at}.mlp", p.ffn),
     )
@@ -274,7 +273,7 @@ def _moe(at: str, p: Moe) -> Moe:
 
 
 def _weight(name: str, param: Param, outputs: int = 1) -> Source:
-    """A tensor `name.weight`: a vector, or a matrix `[out, in]` whose first `outputs` axes in the weight are the out."""
+    """A tensor `name.weight`: a vector, or a matrix `[out, in]` where the weight's first `outputs` axes are the out."""
     shape = param.shape
     flat = shape if len(shape) == 1 else (math.prod(shape[:outputs]), math.prod(shape[outputs:]))
     return Source((f"{name}.weight",), flat, shape)

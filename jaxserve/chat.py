@@ -60,9 +60,9 @@ def render_chat(
 ) -> str:
     """The prompt that `template` makes of `messages`, a list of `{"role": …, "content": …}`.
 
-    It is, character for character, that of transformers' `apply_chat_template`. A message's content is a string, a list of `{"type": "text", "text": …}` (joined by newlines), or, beside
-    `tool_calls`, None. `tools` is a list of JSON schemas; `kwargs` are the template's own variables, such as
-    `enable_thinking` and `bos_token`.
+    It is, character for character, that of transformers' `apply_chat_template`. A message's content is a string, a
+    list of `{"type": "text", "text": …}` (joined by newlines), or, beside `tool_calls`, None. `tools` is a list of JSON
+    schemas; `kwargs` are the template's own variables, such as `enable_thinking` and `bos_token`.
 
     Raises RequestError if the messages are malformed or the template refuses them, CheckpointError if the template
     itself is at fault.
@@ -71,14 +71,14 @@ def render_chat(
     variables = {name: _plain(name, value) for name, value in variables.items()}
     variables["messages"] = _checked_messages(messages)
     variables["tools"] = _checked_tools(tools)
+    compiled = _compile(template)
     try:
-        return _compile(template).render(**variables)
+        return compiled.render(**variables)
     except _Refusal as refusal:
         raise RequestError(f"the chat template refuses these messages: {refusal}") from None
     except SecurityError as error:
-        raise CheckpointError(
-            f"the chat template does what is forbidden{_line(error)}: {error}. Use another template"
-        ) from None
+        fact = f"{_line(error)}: {str(error).rstrip('.')}"
+        raise CheckpointError(f"the chat template does what the sandbox forbids{fact}. Use another template") from None
     except Exception as error:  # a template can raise anything that an expression of Python can
         raise RequestError(
             f"the chat template failed{_line(error)}: {type(error).__name__}: {error}. Compare the messages' fields, "
@@ -104,7 +104,9 @@ def _checked_message(at: str, message: Any) -> dict[str, Any]:
             f"{at}['content'] is missing; give a string or a list of text parts. Only a message with tool_calls may "
             "leave it out"
         )
-    return _plain(at, {**message, "content": _text(f"{at}['content']", content)})
+    said = {name: value for name, value in message.items() if value is not None}  # clients send tool_calls: null
+    # DeepSeek's templates ask whether the content of a message with tool_calls is none, so here it stays.
+    return _plain(at, said | {"content": _text(f"{at}['content']", content)})
 
 
 def _text(at: str, content: Any) -> str | None:

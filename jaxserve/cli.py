@@ -121,8 +121,8 @@ def info(
 
     Reads config.json alone: the weights need not be there.
     """
-    from jaxserve.checkpoints.hub import locate
     from jaxserve.checkpoints.hf import read_json
+    from jaxserve.checkpoints.hub import locate
     from jaxserve.describe import architecture, memory, parts
     from jaxserve.layers.config import Config
 

@@ -7,7 +7,7 @@ import jax
 
 
 def enable_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless `JAX_COMPILATION_CACHE_DIR` or the program chose one."""
+    """Keeps compiled programs in the user's cache folder, unless another was chosen for JAX."""
     if jax.config.jax_compilation_cache_dir is not None:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

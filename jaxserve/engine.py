@@ -11,6 +11,7 @@ import numpy as np
 from jaxserve.completion import Completion, ends
 from jaxserve.layers.batch import Batch
 from jaxserve.layers.config import Config
+from jaxserve.layers.dims import AnyArray
 from jaxserve.layers.sampling import Sampling
 from jaxserve.layers.transformer import Model, cache_params
 from jaxserve.parallel.errors import JaxserveError, RequestError
@@ -47,7 +48,7 @@ class Engine:
         self.cfg = cfg
         self.max_model_len = _max_model_len(cfg, options)
         self._model, self._tokenizer = model, tokenizer
-        self._eos_ids = frozenset(cfg.eos_ids) | frozenset(tokenizer.eos_ids)
+        self._eos_ids = frozenset([*cfg.eos_ids, *tokenizer.eos_ids])
         self._seeds = np.random.default_rng(options.seed)
         pages = -(-self.max_model_len // PAGE_SIZE)
         dtype = model.embed.dtype
@@ -124,7 +125,9 @@ class Engine:
 
     def _advance(self, slot: int, chosen: Chosen, row: int) -> Output:
         """Hands the slot's new token to its answer; the slot is free again if that ends it."""
-        request, completion = self._slots[slot]
+        running = self._slots[slot]
+        assert running is not None
+        request, completion = running
         if not bool(chosen.finite_s[row]):
             self._free(slot)
             raise JaxserveError(f"request {request.id}: the model's scores are not finite; its weights may be damaged")
@@ -177,7 +180,7 @@ def _max_model_len(cfg: Config, options: EngineConfig) -> int:
     return wanted
 
 
-def _chunk(tokens: tuple[int, ...], start: int, pages_1p: np.ndarray) -> Batch:
+def _chunk(tokens: tuple[int, ...], start: int, pages_1p: AnyArray) -> Batch:
     """A tile of a prompt, padded to one of the sizes in CHUNKS."""
     size = next(c for c in CHUNKS if c >= len(tokens))
     padding = size - len(tokens)

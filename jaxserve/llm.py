@@ -1,9 +1,9 @@
 """The Python API: load a model, continue prompts."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ class LLM:
         for output in llm.generate(["def f(x):"], SamplingParams(temperature=0, max_tokens=32)):
             print(output.outputs[0].text)
 
-    `dtype` is that of weights, activations and cache: "float32", "bfloat16", "float16", or "auto": the checkpoint's own,
-    but float32 on CPU, which has no fast 16-bit products.
+    `dtype` is that of weights, activations and cache: "float32", "bfloat16", "float16", or "auto": the checkpoint's
+    own, but float32 on CPU, which has no fast 16-bit products.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
 
-        `params` are for all prompts or one for each. Raises RequestError, and generates nothing, if one can't be served.
+        `params` are for all prompts, or one for each. Raises RequestError, and generates nothing, if any can't be
+        served.
         """
         requests = self._requests(prompts, params)
         results = {r.id: _empty_result(r) for r in requests}
@@ -82,13 +83,13 @@ class LLM:
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], params: Any) -> list[Request]:
         if isinstance(prompts, str) or (prompts and all(isinstance(t, int) for t in prompts)):
-            prompts = [prompts]  # type: ignore[list-item]
+            prompts = [cast(Prompt, prompts)]
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
         if len(each) != len(prompts):
             raise RequestError(
                 f"{len(prompts)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
             )
-        return [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+        return [self._request(cast(Prompt, prompt), p) for prompt, p in zip(prompts, each, strict=True)]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         text = prompt if isinstance(prompt, str) else None

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxserve.layers.batch import Batch
 from jaxserve.layers.config import Config
+from jaxserve.layers.dims import AnyArray
 from jaxserve.layers.sampling import Logprobs, Sampling, logprobs, sample
 from jaxserve.layers.transformer import Model, forward, logits
 
@@ -19,12 +20,12 @@ from jaxserve.layers.transformer import Model, forward, logits
 class Rows(NamedTuple):
     """The sequences of a decode step, on the host or the device. A row without a sequence has position -1."""
 
-    tokens_s: Int[Array, " s"]  # the last token of each: it is not in the cache yet
-    positions_s: Int[Array, " s"]  # its place
-    pages_sp: Int[Array, "s p"]
+    tokens_s: Int[AnyArray, " s"]  # the last token of each: it is not in the cache yet
+    positions_s: Int[AnyArray, " s"]  # its place
+    pages_sp: Int[AnyArray, "s p"]
     sampling: Sampling
-    ends_sk: Int[Array, "s k"]  # tokens that end the answer, -1 for none
-    first_end_s: Int[Array, " s"]  # the first position at which one of them may stand
+    ends_sk: Int[AnyArray, "s k"]  # tokens that end the answer, -1 for none
+    first_end_s: Int[AnyArray, " s"]  # the first position at which one of them may stand
 
 
 class Chosen(NamedTuple):
@@ -65,7 +66,7 @@ def choose(scores_su: Array, rows: Rows, top: int | None) -> Chosen:
     return Chosen(tokens_s, found, jnp.isfinite(scores_su).all(axis=-1))
 
 
-def _without_early_ends(scores_su: Array, next_s: Array, rows: Rows) -> Array:
+def _without_early_ends(scores_su: Array, next_s: AnyArray, rows: Rows) -> Array:
     """-inf for tokens that would end an answer before its `min_tokens`."""
     s, u = scores_su.shape
     early_sk = jnp.where((next_s < rows.first_end_s)[:, None] & (rows.ends_sk >= 0), rows.ends_sk, u)

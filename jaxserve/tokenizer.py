@@ -66,7 +66,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`. The names of special tokens in it become those tokens; to open with BOS twice, write it."""
+        """Ids of `text`. Where it has the name of a special token, that token stands, whoever wrote it."""
         try:
             ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:  # how the library says that a str is not valid Unicode
@@ -131,8 +131,8 @@ class TextStream:
     (`<0xE2><0x82>…`, an emoji or two). Work is linear in the ids, whatever they are.
     """
 
-    # Not tokenizers' DecodeStream: it holds back all that ends in U+FFFD, decodes it again at every id, has no end at
-    # which to ask for the rest, and drops or garbles text after bytes that are no UTF-8.
+    # Not tokenizers' DecodeStream (0.23): it decodes again and again whatever ends in U+FFFD, never gives that at the
+    # end, and with byte fallback emits characters that a bad byte after them spoils, after which it fails.
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._token = tokenizer.id_to_token

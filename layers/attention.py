@@ -30,7 +30,7 @@ class Block(NamedTuple):
 def attend(block: Callable[[Array | int], Block], blocks: Array | int, shape: tuple[int, int, int, int]) -> Array:
     """Softmax over all keys, one block at a time: `[a, h, w, v]`, float32; zero for a query that sees no key.
 
-    Keeps a running maximum, sum and mixture (arXiv:2205.14135), so that memory grows with a block, not with the context.
+    Keeps a running maximum, sum and mixture (arXiv:2205.14135): memory grows with a block, not with the context.
     `blocks` may be traced; a Python number unrolls the loop, and makes it differentiable.
     """
     lowest = jnp.finfo(jnp.float32).min

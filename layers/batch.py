@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxserve.layers.dims import Leaf
+from jaxserve.layers.dims import AnyArray, Leaf
 
 BLOCK_TOKENS = 256
 """Cached tokens attended to at once: what bounds attention's working memory, whatever the context's length."""
@@ -18,10 +18,10 @@ class Batch(NamedTuple):
     Decode has a tile of one token (or 1 + drafts) per sequence; prefill has long tiles, filled up with padding.
     """
 
-    tokens_t: Int[Array, " t"]
-    positions_t: Int[Array, " t"]  # place in its sequence; -1 for padding, which is computed and has no effect
-    slots_a: Int[Array, " a"]  # the tile's sequence: a row of `pages_sp`
-    pages_sp: Int[Array, "s p"]  # pages of each sequence, in order; entries past its last token are never read
+    tokens_t: Int[AnyArray, " t"]
+    positions_t: Int[AnyArray, " t"]  # place in its sequence; -1 for padding, which is computed and has no effect
+    slots_a: Int[AnyArray, " a"]  # the tile's sequence: a row of `pages_sp`
+    pages_sp: Int[AnyArray, "s p"]  # pages of each sequence, in order; entries past its last token are never read
 
     @property
     def tile(self) -> int:
@@ -40,7 +40,7 @@ def write(pages: Leaf, rows: Leaf, batch: Batch) -> Leaf:
 
 
 def read_block(pages: Leaf, batch: Batch, i: Int[Array, ""] | int) -> tuple[Leaf, Array]:
-    """The i-th block of each tile's sequence, `[a, j, …]` for pages `[p, b, …]`, and which of it a token sees, `[a, w, j]`.
+    """The i-th block of each tile's sequence, `[a, j, …]` for pages `[p, b, …]`, and what of it is seen, `[a, w, j]`.
 
     A token sees what stands at its position or before it.
     """

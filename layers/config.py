@@ -25,7 +25,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of `dim` dimensions, paired (0, 1), (2, 3), … if `interleaved`, else (0, dim/2), (1, dim/2+1), …."""
+    """Rotary embedding of `dim` dimensions, in pairs (0, 1), (2, 3), … if `interleaved`, else (0, dim/2), (1, …), …"""
 
     dim: int
     theta: float
@@ -77,7 +77,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Config:
-    """A model. Frozen, without arrays, mesh or files; what changes from one deployment to another is passed, not stored."""
+    """A model, without arrays, mesh or files: what changes from one deployment to another is passed, not stored."""
 
     model_type: str
     vocab_size: int  # u
@@ -231,7 +231,7 @@ def _checked(experts: Experts) -> Experts:
 
 
 def _rope(raw: Mapping[str, Any], dim: int, interleaved: bool) -> tuple[Rope, float]:
-    """The rotary embedding, and the factor YaRN puts on the logits of latent attention (DeepSeek's `mscale_all_dim`)."""
+    """The rotary embedding, and the factor YaRN puts on latent attention's logits (DeepSeek's `mscale_all_dim`)."""
     if dim % 2:
         raise ConfigError(f"the rotary embedding needs an even number of dimensions, config.json has {dim}")
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}

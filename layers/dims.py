@@ -5,6 +5,12 @@ q_thn: Float[Array, "t h n"]      jnp.einsum("thn,jhn->thj", q_thn, k_jhn)
 
 from typing import Any
 
+import jax
+import numpy as np
+
+AnyArray = np.ndarray | jax.Array
+"""On the host or on the device: what a step is given."""
+
 Leaf = Any
 """A weight: `jax.Array`, or whatever a tree of the same structure holds (a `Param`, a sharding, a slice of a file).
 

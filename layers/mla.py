@@ -22,7 +22,6 @@ from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import rotate
 from jaxserve.parallel.sharding import Param
 
-
 LATENT_EPS = 1e-6
 """Of the norms inside latent attention: the published models' code has this whatever `rms_norm_eps` says."""
 
@@ -85,7 +84,7 @@ def mla(
 
 def queries(p: Mla, x_td: Array, batch: Batch, cfg: Config, att: LatentAttention) -> tuple[Array, Array]:
     """The queries' two parts, `[t, h, n]` and, rotated, `[t, h, r]`."""
-    if p.w_dq is not None:
+    if p.w_dq is not None and p.q_norm is not None:
         x_td = rms_norm(einsum("td,qd->tq", x_td, p.w_dq), p.q_norm, LATENT_EPS)
     q_thm = einsum("tq,hmq->thm", x_td, p.w_uq)
     q_thn, q_thr = jnp.split(q_thm, [att.nope_dim], axis=-1)

@@ -1,13 +1,13 @@
-"""Feed-forward layers: one network for all tokens, or a mixture of experts (DeepSeek-V3, arXiv:2412.19437, section 2.1)."""
+"""Feed-forward layers: one network for all tokens, or a mixture of experts (arXiv:2412.19437, section 2.1)."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.config import Config, Experts
-from jaxserve.layers.dims import Leaf
+from jaxserve.layers.dims import AnyArray, Leaf
 from jaxserve.layers.linear import einsum
 from jaxserve.parallel.sharding import Param
 
@@ -58,7 +58,7 @@ def mlp(p: Mlp, x_td: Float[Array, "t d"]) -> Float[Array, "t d"]:
 
 
 def moe(
-    p: Moe, x_td: Float[Array, "t d"], valid_t: Array, cfg: Experts
+    p: Moe, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Experts
 ) -> tuple[Float[Array, "t d"], Int[Array, " e"]]:
     """The weighted sum of the chosen experts, plus the shared one, and how many valid tokens each expert got."""
     routing = route(p, x_td, cfg)
@@ -86,7 +86,7 @@ def route(p: Moe, x_td: Float[Array, "t d"], cfg: Experts) -> Routing:
 
 
 def _keep_best_groups(choice_te: Array, cfg: Experts) -> Array:
-    """-inf for experts outside the `groups_per_token` best groups: by their two best (sigmoid), or best (softmax) expert."""
+    """-inf for experts outside the best groups: those with the best pair of experts (sigmoid) or expert (softmax)."""
     groups_tge = choice_te.reshape(choice_te.shape[0], cfg.groups, -1)
     best = min(2 if cfg.router == "sigmoid" else 1, groups_tge.shape[-1])
     scores_tg = jax.lax.top_k(groups_tge, best)[0].sum(axis=-1)
@@ -100,8 +100,8 @@ def mix_experts(
 ) -> Float[Array, "t d"]:
     """Each token's weighted sum over its experts. All implementations give the same result and drop nothing.
 
-    "dense" runs every expert on every token: the fewest copies, for few tokens. "blocks" sorts tokens by expert and runs
-    blocks of one expert each: work in proportion to the tokens. None chooses by their cost.
+    "dense" runs every expert on every token: the fewest copies, for few tokens. "blocks" sorts tokens by expert and
+    runs blocks of one expert each: work in proportion to the tokens. None chooses by their cost.
     """
     plans = {"dense": _mix_dense, "blocks": _mix_blocks}
     if implementation is None:
@@ -146,7 +146,7 @@ def _mix_blocks(p: Mlp, x_td: Array, routing: Routing) -> Array:
 
 
 def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count: int) -> tuple[Array, Array]:
-    """A row for each (token, choice), such that a block of `size` rows has one expert: rows `[t, k]`, experts `[count]`."""
+    """A row for each (token, choice), `[t, k]`, such that `size` rows have one expert, `[count]` a block."""
     flat = experts_tk.reshape(-1)
     load_e = jnp.zeros(experts, jnp.int32).at[flat].add(1)
     blocks_e = -(-load_e // size)

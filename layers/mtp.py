@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): a layer that guesses the token after the next."""
+"""Multi-token prediction (arXiv:2412.19437, section 2.2): a layer that guesses the token after the next."""
 
 from typing import Any, NamedTuple
 
@@ -21,10 +21,13 @@ class Draft(NamedTuple):
 
 
 def draft(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config) -> Draft:
-    """Joins the hidden state at a position with the embedding of the token after it; the result predicts the one after that.
+    """Joins the hidden state at a position with the embedding of the next token; the result predicts the one after.
 
-    `batch.tokens_t` holds the *next* tokens: for a row with the hidden state of position i, the token of position i + 1,
-    and i in `positions_t`. `cache` is the module's own.
+    `batch.tokens_t` holds the *next* tokens: for a row with the hidden state of position i, the token of position
+    i + 1, and i in `positions_t`. `cache` is the module's own.
+
+    The state is the one after the model's last norm, and the embedding comes first, as in published serving code
+    (the paper's eq. 21 writes them the other way round).
     """
     embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
     joined_td = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)

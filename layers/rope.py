@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.config import Rope, Yarn
+from jaxserve.layers.dims import AnyArray
 
 
 def frequencies(rope: Rope) -> np.ndarray:
@@ -19,7 +20,7 @@ def frequencies(rope: Rope) -> np.ndarray:
 
 
 def _ramp(rope: Rope, yarn: Yarn) -> np.ndarray:
-    """0 where a pair turns more than `beta_fast` times in the trained context, 1 below `beta_slow` (YaRN, section 3.2)."""
+    """0 where a pair turns more than `beta_fast` times in the trained context, 1 below `beta_slow` (section 3.2)."""
 
     def dimension(turns: float) -> float:
         return rope.dim * math.log(yarn.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -32,8 +33,8 @@ def _ramp(rope: Rope, yarn: Yarn) -> np.ndarray:
     return np.clip((np.arange(rope.dim // 2) - low) / width, 0, 1)
 
 
-def rotate(x: Float[Array, "t h r"], positions_t: Int[Array, " t"], rope: Rope) -> Float[Array, "t h r"]:
-    """Turns each pair of dimensions of `x` by its position times its frequency. Angles in float32; x's dtype is kept."""
+def rotate(x: Float[Array, "t h r"], positions_t: Int[AnyArray, " t"], rope: Rope) -> Float[Array, "t h r"]:
+    """Turns each pair of dimensions of `x` by its position times its frequency. Angles are float32."""
     angles = positions_t[:, None, None].astype(jnp.float32) * jnp.asarray(frequencies(rope), jnp.float32)[None, None]
     magnitude = rope.yarn.magnitude if rope.yarn else 1.0
     cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxserve.layers.dims import AnyArray
+
 
 class Sampling(NamedTuple):
     """How each sequence chooses; one entry a sequence."""
 
-    temperature_s: Float[Array, " s"]  # 0: the most probable token
-    top_k_s: Int[Array, " s"]  # 0: no limit
-    top_p_s: Float[Array, " s"]
-    min_p_s: Float[Array, " s"]
-    seed_s: UInt[Array, " s"]
+    temperature_s: Float[AnyArray, " s"]  # 0: the most probable token
+    top_k_s: Int[AnyArray, " s"]  # 0: no limit
+    top_p_s: Float[AnyArray, " s"]
+    min_p_s: Float[AnyArray, " s"]
+    seed_s: UInt[AnyArray, " s"]
 
 
 class Logprobs(NamedTuple):
@@ -30,7 +32,7 @@ class Logprobs(NamedTuple):
     top_ids_sk: Int[Array, "s k"]
 
 
-def sample(logits_su: Float[Array, "s u"], positions_s: Int[Array, " s"], how: Sampling) -> Int[Array, " s"]:
+def sample(logits_su: Float[Array, "s u"], positions_s: Int[AnyArray, " s"], how: Sampling) -> Int[Array, " s"]:
     """The token of each sequence; `positions_s` are the places that the tokens will have in their sequences.
 
     Adds Gumbel noise to the logits that the filters keep and takes the largest: a draw from their softmax.
@@ -63,7 +65,7 @@ def rank(logits_su: Float[Array, "s u"]) -> Ranked:
 
 
 def keep(ranked_su: Float[Array, "s u"], how: Sampling) -> Bool[Array, "s u"]:
-    """Which of the ranked logits may be drawn: min-p (arXiv:2407.01082), of those top-k, of those top-p (arXiv:1904.09751).
+    """Which of the ranked logits may be drawn: by min-p (arXiv:2407.01082), then top-k, then top-p (arXiv:1904.09751).
 
     Ties with the k-th token all stay. Top-p keeps the smallest set whose mass reaches p, summed from the tail.
     """
@@ -78,7 +80,7 @@ def keep(ranked_su: Float[Array, "s u"], how: Sampling) -> Bool[Array, "s u"]:
     return likely_su & ((tail_su > 1 - how.top_p_s[:, None]) | (how.top_p_s >= 1)[:, None] | first_u[None])
 
 
-def _noise(seed: Array, position: Array, vocabulary: int) -> Float[Array, " u"]:
+def _noise(seed: AnyArray, position: AnyArray, vocabulary: int) -> Float[Array, " u"]:
     return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocabulary,))
 
 

@@ -1,14 +1,13 @@
 """The whole model as functions of its weights, a step's tokens and the cache."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.attention import Gqa, gqa, gqa_cache, gqa_params
 from jaxserve.layers.batch import Batch
-from jaxserve.layers.config import Config, LatentAttention
+from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.mla import Mla, mla, mla_cache, mla_params
@@ -69,9 +68,10 @@ def model_params(cfg: Config, dtype: Any = jnp.float32) -> Model:
 
 def _layer_params(cfg: Config, is_moe: bool, dtype: Any) -> Layer:
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
-    attention = mla_params if isinstance(cfg.attention, LatentAttention) else gqa_params
-    ffn = moe_params(cfg, cfg.experts, dtype) if is_moe else mlp_params(cfg.width, cfg.dense_width, dtype)
-    return Layer(gain, attention(cfg, cfg.attention, dtype), gain, ffn)
+    att, experts = cfg.attention, cfg.experts
+    attn = mla_params(cfg, att, dtype) if isinstance(att, LatentAttention) else gqa_params(cfg, att, dtype)
+    ffn = moe_params(cfg, experts, dtype) if is_moe and experts else mlp_params(cfg.width, cfg.dense_width, dtype)
+    return Layer(gain, attn, gain, ffn)
 
 
 def _mtp_params(cfg: Config, dtype: Any) -> Mtp:
@@ -82,8 +82,9 @@ def _mtp_params(cfg: Config, dtype: Any) -> Mtp:
 
 def cache_params(cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
     """The tree of `Param` of the paged cache: one entry a layer, the MTP layers' last."""
-    make = mla_cache if isinstance(cfg.attention, LatentAttention) else gqa_cache
-    return tuple(make(cfg.attention, pages, page_size, dtype) for _ in range(cfg.layers + cfg.mtp_layers))
+    att, size = cfg.attention, (pages, page_size, dtype)
+    layer = mla_cache(att, *size) if isinstance(att, LatentAttention) else gqa_cache(att, *size)
+    return (layer,) * (cfg.layers + cfg.mtp_layers)
 
 
 def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> Output:
@@ -101,14 +102,23 @@ def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> 
 def decoder_layer(
     p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
 ) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:
-    attention = mla if isinstance(p.attn, Mla) else gqa
-    y_td, cache = attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg, cfg.attention)
+    """Attention, then the feed-forward network; the third result is the experts' load, None if there are none."""
+    y_td, cache = _attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg)
     x_td = x_td + y_td
     normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
-    if isinstance(p.ffn, Mlp):
-        return x_td + mlp(p.ffn, normed_td), cache, None
-    y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts)
-    return x_td + y_td, cache, load_e
+    if isinstance(p.ffn, Moe) and cfg.experts:
+        y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts)
+        return x_td + y_td, cache, load_e
+    return x_td + mlp(cast(Mlp, p.ffn), normed_td), cache, None
+
+
+def _attention(p: Mla | Gqa, x_td: Array, cache: Any, batch: Batch, cfg: Config) -> tuple[Array, Any]:
+    match p, cfg.attention:
+        case Mla() as latent, LatentAttention() as att:
+            return mla(latent, x_td, cache, batch, cfg, att)
+        case Gqa() as grouped, GroupedAttention() as att:
+            return gqa(grouped, x_td, cache, batch, cfg, att)
+    raise TypeError(f"weights are {type(p).__name__}, the config has {type(cfg.attention).__name__}")
 
 
 def logits(model: Model, hidden_td: Float[Array, "t d"]) -> Float[Array, "t u"]:

@@ -19,7 +19,7 @@ LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_d
 """Folders that are not the library (packages, tests) or that a program wrote (tables of characters, topics of help)."""
 
 WORDS = Regex(r"\n+ *| ?[^\W\d]+|\d| ?[^\w\s]+|\s+?")
-"""What a token may not cross: a line's end with the next indentation, a word with the space before it, a digit, signs."""
+"""What a token stays within: a line's end and the next indentation, a word and the space before it, a digit, signs."""
 
 
 class Module(NamedTuple):

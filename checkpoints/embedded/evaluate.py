@@ -4,14 +4,16 @@
 """
 
 import json
+import operator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from jaxserve.checkpoints import hf
@@ -26,6 +28,8 @@ from jaxserve.parallel.sharding import zeros
 WINDOW = 1024  # tokens the model sees at once
 FRESH = 512  # of those, the last, that count: every token but a module's first has at least this much before it
 ROWS = 4  # windows computed together
+
+Show = Callable[[int, int], None]
 
 
 class Score(NamedTuple):
@@ -42,6 +46,19 @@ class Window(NamedTuple):
     tokens: np.ndarray
     counted: np.ndarray  # bool[WINDOW]: positions whose next token counts
     drafted: np.ndarray  # bool[WINDOW]: positions whose next but one is in the window too
+
+
+class Tally(NamedTuple):
+    """Sums over held-out text."""
+
+    bits: float
+    tokens: int
+    right: int  # tokens that were the most probable
+    drafted: int  # positions where the MTP module's guess can be compared
+    agreed: int  # those where it is the model's own choice
+
+    def plus(self, other: "Tally") -> "Tally":
+        return Tally(*map(operator.add, self, other))
 
 
 class Report(NamedTuple):
@@ -86,36 +103,49 @@ def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Score:
     return Score(*(part.reshape(s, t) for part in parts))
 
 
-def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show=lambda done, total: None) -> Report:
-    """Scores all held-out modules of the running interpreter's library."""
+def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show: Show = lambda done, total: None) -> Report:
+    """Scores all held-out modules of the running interpreter's library; `show` is told the windows done and in all."""
     training, held_out = corpus.split(corpus.modules())
-    documents, begin = corpus.encode(tokenizer, held_out), tokenizer.token_to_id(corpus.BEGIN)
-    cut = [w for ids in documents for w in windows(ids, begin)]
+    documents, begin = corpus.encode(tokenizer, held_out), cast(int, tokenizer.token_to_id(corpus.BEGIN))
+    cut = [window for ids in documents for window in windows(ids, begin)]
     run = jax.jit(score, static_argnums=2)
-    bits, right, counted, agreed, drafted = 0.0, 0, 0, 0, 0
+    sums = Tally(0.0, 0, 0, 0, 0)
     for i in range(0, len(cut), ROWS):
-        part = Window(*(np.stack(column) for column in zip(*(cut + cut[:ROWS])[i : i + ROWS], strict=True)))
-        fresh = np.arange(i, i + ROWS)[:, None] < len(cut)  # the last rows only fill up
-        got = Score(*(np.asarray(column) for column in run(model, jnp.asarray(part.tokens), cfg)))
-        of, pairs = part.counted & fresh, (part.counted & part.drafted & fresh)[:, :-1]
-        bits -= got.log2_t[of].sum()
-        right += (got.expected_t == part.tokens[:, 1:])[of].sum()
-        agreed += (got.drafted_t[:, :-1] == got.expected_t[:, 1:])[pairs].sum()
-        counted, drafted = counted + of.sum(), drafted + pairs.sum()
+        part = Window(*(np.stack(column) for column in zip(*_filled(cut[i : i + ROWS]), strict=True)))
+        sums = sums.plus(tally(part, run(model, jnp.asarray(part.tokens), cfg)))
         show(min(i + ROWS, len(cut)), len(cut))
     size = sum(len(m.text.encode()) for m in held_out)
     baseline = ngram.fit(corpus.encode(tokenizer, training), cfg.vocab_size, bos=begin)
-    rival = -sum(ngram.log2_probabilities(baseline, ids).sum() for ids in documents) / size
+    rival = -sum(float(ngram.log2_probabilities(baseline, ids).sum()) for ids in documents) / size
     return Report(
         held_out_modules=len(held_out),
         held_out_bytes=size,
-        held_out_tokens=int(counted),
-        bits_per_byte=float(bits / size),
-        ngram_bits_per_byte=float(rival),
-        better_than_ngram=float(1 - bits / size / rival),
-        next_token_accuracy=float(right / counted),
-        mtp_acceptance=float(agreed / drafted),
+        held_out_tokens=sums.tokens,
+        bits_per_byte=sums.bits / size,
+        ngram_bits_per_byte=rival,
+        better_than_ngram=1 - sums.bits / size / rival,
+        next_token_accuracy=sums.right / sums.tokens,
+        mtp_acceptance=sums.agreed / sums.drafted,
     )
+
+
+def tally(part: Window, got: Score) -> Tally:
+    """Sums over the positions that count."""
+    log2, expected, drafted = (np.asarray(column) for column in got)
+    of, pairs = part.counted, (part.counted & part.drafted)[:, :-1]
+    return Tally(
+        bits=-float(log2[of].sum(dtype=np.float64)),
+        tokens=int(of.sum()),
+        right=int((expected == part.tokens[:, 1:])[of].sum()),
+        drafted=int(pairs.sum()),
+        agreed=int((drafted[:, :-1] == expected[:, 1:])[pairs].sum()),
+    )
+
+
+def _filled(rows: list[Window]) -> list[Window]:
+    """ROWS windows: the last ones, if any are missing, count nothing."""
+    empty = Window(*(np.zeros_like(column) for column in rows[0]))
+    return rows + [empty] * (ROWS - len(rows))
 
 
 def main(

@@ -1,7 +1,6 @@
 """Tiny random models, batches over paged caches, and the same weights under their published names."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.mla import Mla
 from jaxserve.layers.moe import Mlp, Moe
 from jaxserve.layers.transformer import Layer, Model, cache_params, forward, logits, model_params
-from jaxserve.parallel.sharding import initialize, zeros
 
 FAMILIES = ("deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "qwen3", "qwen3_moe")
 GOLDENS = Path(__file__).parents[1] / "oracles" / "goldens"
@@ -32,21 +30,30 @@ def raw_config(family: str, **changes: Any) -> dict[str, Any]:
     return config._TINY[family] | changes
 
 
-def random_arrays(params: Any, key: jax.Array) -> Any:
+def normal(rng: np.random.Generator, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def random_arrays(params: Any, rng: np.random.Generator) -> Any:
     """Random weights, gains and biases too: a tree of ones and zeros hides what is swapped or left out."""
-    return initialize(jax.tree.map(lambda p: replace(p, std=p.std or 0.3), params), key)
+    return jax.tree.map(lambda p: p.mean + (p.std or 0.3) * normal(rng, *p.shape, dtype=p.dtype), params)
 
 
-def random_model(cfg: Config, key: jax.Array, dtype: Any = jnp.float32) -> Model:
-    return random_arrays(model_params(cfg, dtype), key)
+def random_model(cfg: Config, rng: np.random.Generator, dtype: Any = jnp.float32) -> Model:
+    return random_arrays(model_params(cfg, dtype), rng)
 
 
-def random_tokens(cfg: Config, key: jax.Array, count: int) -> np.ndarray:
-    return np.asarray(jax.random.randint(key, (count,), 0, cfg.vocab_size), np.int32)
+def random_tokens(cfg: Config, rng: np.random.Generator, count: int) -> np.ndarray:
+    return rng.integers(0, cfg.vocab_size, count, dtype=np.int32)
+
+
+def empty(params: Any) -> Any:
+    """Zeros, of NumPy's making."""
+    return jax.tree.map(lambda p: jnp.asarray(np.zeros(p.shape), p.dtype), params)
 
 
 def empty_cache(cfg: Config, pages: int, page_size: int) -> tuple[Any, ...]:
-    return zeros(cache_params(cfg, pages, page_size))
+    return empty(cache_params(cfg, pages, page_size))
 
 
 def page_table(sequences: int, pages_each: int, seed: int | None = None) -> np.ndarray:
@@ -66,8 +73,8 @@ def batch_of(
     for i, (run, start) in enumerate(zip(runs, starts or [0] * len(runs), strict=True)):
         tokens[i, : len(run)] = run
         positions[i, : len(run)] = start + np.arange(len(run))
-    slots = jnp.arange(len(runs), dtype=jnp.int32)
-    return Batch(jnp.asarray(tokens.reshape(-1)), jnp.asarray(positions.reshape(-1)), slots, jnp.asarray(table))
+    arrays = tokens.reshape(-1), positions.reshape(-1), np.arange(len(runs), dtype=np.int32), table
+    return Batch(*map(jnp.asarray, arrays))
 
 
 @partial(jax.jit, static_argnames="cfg")

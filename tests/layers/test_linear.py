@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxserve.layers.linear import einsum
+from tests.layers.helpers import normal
 from tests.tolerances import LAYER, OP, assert_close
 
 
@@ -25,25 +26,25 @@ def rows_of_product(x, w) -> int:
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_it_equals_the_product_in_float64(key, spec, x, w, dtype):
-    x_array = jax.random.normal(key, x, dtype)
-    w_array = jax.random.normal(jax.random.fold_in(key, 1), w, dtype)
+def test_it_equals_the_product_in_float64(rng, spec, x, w, dtype):
+    x_array = normal(rng, *x, dtype=dtype)
+    w_array = normal(rng, *w, dtype=dtype)
     y = einsum(spec, x_array, w_array)
     assert y.dtype == dtype
     assert_close(y, np.einsum(spec, np.float64(x_array), np.float64(w_array)), OP if dtype == jnp.float32 else 1, dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_single_row_of_16_bits_is_computed_as_two(key, dtype):
-    x, w = jax.random.normal(key, (1, 64), dtype), jax.random.normal(key, (9, 64), dtype)
+def test_a_single_row_of_16_bits_is_computed_as_two(rng, dtype):
+    x, w = normal(rng, 1, 64, dtype=dtype), normal(rng, 9, 64, dtype=dtype)
     assert rows_of_product(x, w) == 2
     alone, beside = einsum("td,fd->tf", x, w), einsum("td,fd->tf", jnp.concatenate([x, 3 * x]), w)
     assert alone.shape == (1, 9)
     np.testing.assert_array_equal(alone, beside[:1])
 
 
-def test_other_products_have_no_row_too_many(key):
-    w = jax.random.normal(key, (9, 64))
+def test_other_products_have_no_row_too_many(rng):
+    w = normal(rng, 9, 64)
     assert rows_of_product(jnp.ones((1, 64)), w) == 1
     assert rows_of_product(jnp.ones((3, 64), jnp.bfloat16), w.astype(jnp.bfloat16)) == 3
 
@@ -55,6 +56,6 @@ def test_sums_of_16_bit_products_do_not_saturate(rows):
     assert_close(y, np.full((rows, 2), 4096.0), 0)
 
 
-def test_float32_keeps_its_precision(key):
-    x, w = jax.random.normal(key, (2, 300)), jax.random.normal(jax.random.fold_in(key, 1), (3, 300))
+def test_float32_keeps_its_precision(rng):
+    x, w = normal(rng, 2, 300), normal(rng, 3, 300)
     assert_close(einsum("td,fd->tf", x, w), np.float64(x) @ np.float64(w).T, LAYER)

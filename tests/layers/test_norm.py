@@ -3,9 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.layers.norm import rms_norm
+from jaxserve.layers import norm
+from tests.layers.helpers import normal
 from tests.oracles import reference
 from tests.tolerances import OP, assert_close
+
+rms_norm = jax.jit(norm.rms_norm, static_argnames="eps")
 
 
 def test_a_worked_example():
@@ -15,10 +18,10 @@ def test_a_worked_example():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,)])
-def test_it_equals_the_reference_over_the_last_axis_and_keeps_the_dtype(key, shape, dtype):
-    x = jax.random.normal(key, shape, dtype)
-    gain = 1 + jax.random.normal(jax.random.fold_in(key, 1), shape[-1:], dtype)
-    y = rms_norm(x, gain, 1e-3)
+def test_it_equals_the_reference_over_the_last_axis_and_keeps_the_dtype(rng, shape, dtype):
+    x = normal(rng, *shape, dtype=dtype)
+    gain = 1 + normal(rng, *shape[-1:], dtype=dtype)
+    y = rms_norm(x, gain, eps=1e-3)
     assert y.dtype == dtype
     assert_close(y, reference.rms_norm(np.float64(x), np.float64(gain), 1e-3), OP, dtype)
 
@@ -29,9 +32,9 @@ def test_eps_outweighs_a_vanishing_row():
 
 
 def test_squares_of_float16_do_not_overflow():
-    y = rms_norm(jnp.full((1, 4), 3e4, jnp.float16), jnp.ones(4, jnp.float16), 1e-6)
+    y = rms_norm(jnp.full((1, 4), 3e4, jnp.float16), jnp.ones(4, jnp.float16), eps=1e-6)
     assert_close(y, np.ones((1, 4)), OP, jnp.float16)
 
 
 def test_the_gain_may_have_another_dtype():
-    assert rms_norm(jnp.ones((1, 4), jnp.bfloat16), jnp.ones(4), 1e-6).dtype == jnp.bfloat16
+    assert rms_norm(jnp.ones((1, 4), jnp.bfloat16), jnp.ones(4), eps=1e-6).dtype == jnp.bfloat16

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from jaxserve.layers.config import Config, Rope, Yarn
-from jaxserve.layers.rope import frequencies, rotate
+from jaxserve.layers import rope as rope_module
+from jaxserve.layers.rope import frequencies
 from tests.layers import published
-from tests.layers.helpers import raw_config
+from tests.layers.helpers import normal, raw_config
 from tests.oracles import reference
 from tests.tolerances import LAYER, OP, assert_close
 
+rotate = jax.jit(rope_module.rotate, static_argnames="rope")
 TURNS = {True: reference.rotate_interleaved, False: reference.rotate_half_split}
 
 _YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 24, "beta_fast": 32, "beta_slow": 1}
@@ -39,9 +41,9 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones_by_the_factor():
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_both_conventions_equal_the_reference(key, interleaved):
+def test_both_conventions_equal_the_reference(rng, interleaved):
     rope = Rope(8, 100.0, interleaved, Yarn(4.0, 64, magnitude=1.3))
-    x, positions = jax.random.normal(key, (5, 3, 8)), np.array([0, 1, 7, 100, 511], np.int32)
+    x, positions = normal(rng, 5, 3, 8), np.array([0, 1, 7, 100, 511], np.int32)
     expected = TURNS[interleaved](np.asarray(x), positions, frequencies(rope), 1.3)
     # An angle of 511 has, in float32, an error of 511 roundings.
     assert_close(rotate(x, jnp.asarray(positions), rope), expected, 511 + OP)
@@ -49,16 +51,17 @@ def test_both_conventions_equal_the_reference(key, interleaved):
 
 def test_a_pair_turns_by_its_position():
     for interleaved, second in ((True, [0.0, 0.0]), (False, [0.0, np.sin(2)])):
-        y = rotate(jnp.array([[[1.0, 0, 0, 0]]]), jnp.array([2]), Rope(4, 1e9, interleaved))[0, 0]
-        assert_close(y[jnp.array([0, 2])], [np.cos(2), second[1]], OP)
+        y = rotate(jnp.array([[[1.0, 0, 0, 0]]]), jnp.array([2]), Rope(4, 1e9, interleaved))
+        y = np.asarray(y)[0, 0]
+        assert_close(y[[0, 2]], [np.cos(2), second[1]], OP)
         assert_close(y[1], np.sin(2) if interleaved else 0.0, OP)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("shift", [1, 37, 300])
-def test_products_of_queries_and_keys_depend_on_the_distance_only(key, interleaved, shift):
+def test_products_of_queries_and_keys_depend_on_the_distance_only(rng, interleaved, shift):
     rope = Rope(16, 1e4, interleaved)
-    q, k = jax.random.normal(key, (2, 6, 1, 16))
+    q, k = normal(rng, 2, 6, 1, 16)
     places_q, places_k = jnp.arange(6) * 3 + 5, jnp.arange(6)
 
     def products(by: int):
@@ -69,14 +72,14 @@ def test_products_of_queries_and_keys_depend_on_the_distance_only(key, interleav
     assert np.abs(products(0) - np.einsum("thr,jhr->tj", q, k)).max() > 0.1
 
 
-def test_position_zero_changes_nothing_but_the_magnitude(key):
-    x = jax.random.normal(key, (1, 2, 8))
+def test_position_zero_changes_nothing_but_the_magnitude(rng):
+    x = normal(rng, 1, 2, 8)
     assert_close(rotate(x, jnp.array([0]), Rope(8, 1e4, True)), x, 0)
     assert_close(rotate(x, jnp.array([0]), Rope(8, 1e4, False, Yarn(2.0, 64, magnitude=1.25))), 1.25 * x, OP)
 
 
-def test_the_dtype_is_kept_and_angles_have_float32(key):
-    x = jax.random.normal(key, (1, 2, 8), jnp.bfloat16)
+def test_the_dtype_is_kept_and_angles_have_float32(rng):
+    x = normal(rng, 1, 2, 8, dtype=jnp.bfloat16)
     rope, place = Rope(8, 1e4, True), np.array([300])
     y = rotate(x, jnp.asarray(place, jnp.int32), rope)
     assert y.dtype == jnp.bfloat16

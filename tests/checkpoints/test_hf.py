@@ -1,0 +1,295 @@
+import json
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
+
+from jaxserve.checkpoints import hf
+from jaxserve.checkpoints.safetensors import Tensor, open_folder
+from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import Model, model_params
+from jaxserve.parallel.errors import CheckpointError, ConfigError
+from jaxserve.parallel.sharding import shardings
+from tests.layers.helpers import FAMILIES, GOLDEN_NAMES, GOLDENS, Weights, published, random_model, raw_config
+from tests.oracles import reference
+
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+GATE = "model.layers.1.mlp.experts.5.gate_proj.weight"
+QUERY = "model.layers.0.self_attn.q_a_proj.weight"
+MTP = "model.layers.2"
+
+
+def file_tensors(folder: Path) -> Weights:
+    """All tensors of a folder, as the safetensors library reads them."""
+    return {name: w for file in sorted(folder.glob("*.safetensors")) for name, w in load_file(file).items()}
+
+
+def assert_same(actual: Weights, expected: Weights) -> None:
+    """To the bit, under the same names."""
+    assert actual.keys() == expected.keys()
+    for name, w in expected.items():
+        assert actual[name].dtype == w.dtype, name
+        np.testing.assert_array_equal(actual[name], w, err_msg=name)
+
+
+def place(params: Model, rules: dict[str, Any]) -> Model:
+    return shardings(params, Mesh(np.array(jax.devices()).reshape(2, 4), ("node", "die")), rules)
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_a_published_layout_loads_to_the_values_of_its_files(name):
+    cfg, model = hf.load(GOLDENS / name)
+    assert cfg == Config.from_hf(json.loads((GOLDENS / name / "config.json").read_text()))
+    assert_same(published(model), file_tensors(GOLDENS / name))
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("asked", [jnp.float32, jnp.bfloat16])
+def test_files_of_16_bits_load_to_the_dtype_that_is_asked_for(write_folder, v3, stored, asked):
+    raw, tensors = v3
+    halves = {name: w.astype(stored) for name, w in tensors.items()}
+    _, model = hf.load(write_folder(raw, halves), dtype=asked)
+    expected = {name: w.astype(np.float32 if "bias" in name else asked) for name, w in halves.items()}
+    assert_same(published(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_loads_to_the_same_bits_under_the_published_names(tmp_path, family, dtype):
+    raw = raw_config(family, num_hidden_layers=2)
+    cfg = Config.from_hf(raw)
+    model = random_model(cfg, np.random.default_rng(1), dtype)
+    hf.save(tmp_path / "new" / "folder", model, cfg, raw)
+    assert_same(file_tensors(tmp_path / "new" / "folder"), published(model))
+    again_cfg, again = hf.load(tmp_path / "new" / "folder", dtype)
+    assert again_cfg == cfg
+    assert_same(published(again), published(model))
+
+
+def quantized(tensors: Weights) -> tuple[Weights, Weights]:
+    """Codes and scales of all matrices that are published so, and the same values in float32."""
+    rng, codes, twin = np.random.default_rng(2), {}, {}
+    for name, w in tensors.items():
+        if w.ndim < 2 or "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight"):
+            codes[name] = twin[name] = w
+            continue
+        blocks = [-(-n // 128) for n in w.shape]
+        codes[name] = np.clip(100 * w, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        codes[f"{name}_scale_inv"] = rng.uniform(0.005, 0.02, blocks).astype(np.float32)
+        values = reference.dequantize_fp8_blocks(np.float64(codes[name]), codes[f"{name}_scale_inv"])
+        twin[name] = values.astype(np.float32)
+    return codes, twin
+
+
+@pytest.fixture(scope="module")
+def blocky() -> tuple[dict[str, Any], Weights, Weights]:
+    """A DeepSeek-V3 whose matrices have several blocks, the last of them cut, and weights that begin amid a block."""
+    sizes = {"hidden_size": 160, "kv_lora_rank": 140, "q_lora_rank": 130, "intermediate_size": 200}
+    raw = raw_config("deepseek_v3", num_hidden_layers=2, num_attention_heads=8, moe_intermediate_size=136, **sizes)
+    return raw, *quantized(published(random_model(Config.from_hf(raw), np.random.default_rng(3))))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_block_fp8_loads_to_codes_times_their_blocks_scale(write_folder, blocky, split):
+    raw, codes, twin = blocky
+    placement = place(model_params(Config.from_hf(raw)), {"e": ("node", "die"), "h": "die"}) if split else None
+    _, model = hf.load(write_folder(raw | FP8, codes), placement=placement)
+    assert_same(published(model), twin)
+
+
+def test_fp8_without_its_scale_names_the_scale(write_folder, blocky):
+    raw, codes, _ = blocky
+    lacking = {name: w for name, w in codes.items() if name != f"{GATE}_scale_inv"}
+    with pytest.raises(CheckpointError, match=rf"missing: {GATE}_scale_inv \(2, 2\)"):
+        hf.load(write_folder(raw | FP8, lacking))
+
+
+def test_fp8_of_a_vector_is_refused_by_name(write_folder, v3):
+    raw, tensors = v3
+    norm = {"model.norm.weight": tensors["model.norm.weight"].astype(ml_dtypes.float8_e4m3fn)}
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        hf.load(write_folder(raw | FP8, tensors | norm))
+
+
+def test_loading_onto_eight_devices_gives_the_values_of_one(write_folder):
+    raw = raw_config("deepseek_v3", num_hidden_layers=2, num_attention_heads=8, vocab_size=96)
+    tensors = published(random_model(Config.from_hf(raw), np.random.default_rng(4)))
+    params = model_params(Config.from_hf(raw))
+    placement = place(params, {"e": ("node", "die"), "h": "die", "u": "node"})
+    _, model = hf.load(write_folder(raw, tensors), placement=placement)
+    assert_same(published(model), tensors)
+    for array, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(placement), strict=True):
+        assert array.sharding == sharding
+
+
+def test_a_device_reads_its_own_experts_and_no_others(write_folder, v3, monkeypatch):
+    raw, tensors = v3
+    folder = write_folder(raw, tensors)
+    names = {tensor.offset: name for name, tensor in open_folder(folder).items()}
+    reads, read = Counter(), Tensor.read
+
+    def counted(tensor: Tensor) -> np.ndarray:
+        reads[names[tensor.offset]] += 1
+        return read(tensor)
+
+    monkeypatch.setattr(Tensor, "read", counted)
+    hf.load(folder, placement=place(model_params(Config.from_hf(raw)), {"e": ("node", "die")}))
+    experts = [name for name in tensors if ".experts." in name]
+    assert len(experts) == 2 * 8 * 3
+    assert {reads[name] for name in experts} == {1}
+
+
+def test_progress_ends_with_all_bytes(write_folder, v3):
+    raw, tensors = v3
+    calls: list[tuple[int, int]] = []
+    hf.load(write_folder(raw, tensors), progress=lambda done, total: calls.append((done, total)))
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert {total for _, total in calls} == {sum(w.nbytes for w in tensors.values())}
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_the_mtp_module_loads_where_it_is_there(write_folder, v3):
+    raw, tensors = v3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cfg, model = hf.load(write_folder(raw, tensors))
+    assert cfg.mtp_layers == len(model.mtp) == 1
+    np.testing.assert_array_equal(model.mtp[0].w_join, tensors[f"{MTP}.eh_proj.weight"])
+
+
+def test_an_mtp_module_that_is_announced_and_absent_is_left_out_with_a_warning(write_folder, v3):
+    raw, tensors = v3
+    main = {name: w for name, w in tensors.items() if not name.startswith(MTP)}
+    with pytest.warns(UserWarning, match=rf"announces 1 MTP layer\(s\).*no {MTP}\.\*"):
+        cfg, model = hf.load(write_folder(raw, main))
+    assert cfg.mtp_layers == len(model.mtp) == 0
+    assert_same(published(model), main)
+
+
+COPIES = {f"{MTP}.embed_tokens.weight": "model.embed_tokens.weight", f"{MTP}.shared_head.head.weight": "lm_head.weight"}
+
+
+def test_copies_of_embedding_and_head_in_the_mtp_module_are_accepted(write_folder, v3):
+    raw, tensors = v3
+    _, model = hf.load(write_folder(raw, tensors | {copy: tensors[name] for copy, name in COPIES.items()}))
+    assert_same(published(model), tensors)
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_an_mtp_module_with_an_embedding_or_head_of_its_own_is_refused(write_folder, v3, copy):
+    raw, tensors = v3
+    other = tensors[COPIES[copy]].copy()
+    other[-1, -1] += 1
+    with pytest.raises(CheckpointError, match=f"{copy} differs from {COPIES[copy]}"):
+        hf.load(write_folder(raw, tensors | {copy: other}))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_tied_embeddings_must_equal_them(write_folder, equal):
+    raw = raw_config("qwen3", num_hidden_layers=1, tie_word_embeddings=True)
+    tensors = published(random_model(Config.from_hf(raw), np.random.default_rng(5)))
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.embed_tokens.weight"] * (1 if equal else 2)
+    folder = write_folder(raw, tensors | {"lm_head.weight": head})
+    if equal:
+        assert_same(published(hf.load(folder)[1]), tensors)
+    else:
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            hf.load(folder)
+
+
+def test_frequencies_that_old_files_hold_are_passed_over(write_folder, v3):
+    raw, tensors = v3
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    assert_same(published(hf.load(write_folder(raw, tensors | extra))[1]), tensors)
+
+
+def test_all_that_is_missing_unexpected_and_misshapen_is_listed_at_once(write_folder, v3):
+    raw, tensors = v3
+    wrong = {name: w for name, w in tensors.items() if name != QUERY}
+    wrong |= {"model.layers.9.mlp.gate.weight": np.zeros((2, 2), np.float32), GATE: tensors[GATE].T}
+    with pytest.raises(CheckpointError, match="does not fit its config.json, 3 faults") as error:
+        hf.load(write_folder(raw, wrong))
+    assert f"missing: {QUERY} (20, 32)" in str(error.value)
+    assert "unexpected: model.layers.9.mlp.gate.weight (2, 2)" in str(error.value)
+    assert f"misshapen: {GATE} is (32, 14), config.json makes it (14, 32)" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [QUERY, GATE, "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
+def test_a_value_that_is_not_finite_is_named_by_its_tensor(write_folder, v3, name, value):
+    raw, tensors = v3
+    broken = tensors[name].copy()
+    broken.flat[-1] = value
+    with pytest.raises(CheckpointError, match=rf": {name} has values that are NaN or infinite"):
+        hf.load(write_folder(raw, tensors | {name: broken}))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_every_expert_that_is_not_finite_is_named_and_no_other(write_folder, v3, split):
+    raw, tensors = v3
+    names = [GATE.replace("5", str(i)) for i in (2, 7)]
+    placement = place(model_params(Config.from_hf(raw)), {"e": ("node", "die")}) if split else None
+    with pytest.raises(CheckpointError, match=rf": {names[0]}, {names[1]} has values"):
+        hf.load(write_folder(raw, tensors | {name: np.nan * tensors[name] for name in names}), placement=placement)
+
+
+@pytest.mark.parametrize("name", [QUERY, GATE, f"{MTP}.embed_tokens.weight"])
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_a_dtype_that_is_not_supported_is_named_with_its_tensor(write_folder, v3, name, dtype):
+    raw, tensors = v3
+    stored = tensors[COPIES.get(name, name)].astype(dtype)
+    with pytest.raises(CheckpointError, match=rf"not supported: {name} of dtype {'F' if dtype == np.float64 else 'I'}64"):
+        hf.load(write_folder(raw, tensors | {name: stored}))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "fp8"},
+        {"quant_method": "fp8", "weight_block_size": [64, 64]},
+        {"quant_method": "compressed-tensors"},
+    ],
+)
+def test_another_quantization_is_refused_by_name(write_folder, v3, quantization):
+    raw, tensors = v3
+    with pytest.raises(ConfigError, match=f"quantization_config.*{quantization['quant_method']!r}.*not supported"):
+        hf.load(write_folder(raw | {"quantization_config": quantization}, tensors))
+
+
+def test_a_folder_without_config_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path.name} has no config\.json"):
+        hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"<html>", b"[]", b"null", b'"text"'])
+def test_a_config_that_is_not_a_json_object_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
+        hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "gone", "index"])
+def test_damaged_files_are_named(write_folder, v3, damage):
+    folder = write_folder(*v3)
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    if damage == "index":
+        path = folder / "model.safetensors.index.json"
+        path.write_text("{")
+    elif damage == "gone":
+        path.unlink()
+        path = folder
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "half" else b"garbage" * 99)
+    with pytest.raises(CheckpointError, match=path.name):
+        hf.load(folder)

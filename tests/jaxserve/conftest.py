@@ -1,0 +1,57 @@
+"""Tiny checkpoints with a tokenizer, and engines that serve them."""
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxserve.checkpoints import hf
+from jaxserve.engine import Engine, EngineConfig
+from jaxserve.request import Output, Request, SamplingParams
+from jaxserve.tokenizer import Tokenizer
+
+GOLDENS = Path(__file__).parents[1] / "oracles" / "goldens"
+
+
+def word_tokenizer(size: int) -> Tokenizer:
+    """Token i is the word `ti`."""
+    backend = tokenizers.Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.Fuse()
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="session")
+def make_engine():
+    """An engine for a golden checkpoint; each checkpoint is read once."""
+    loaded = {}
+
+    def make(name: str = "deepseek_v3", **options) -> Engine:
+        if name not in loaded:
+            loaded[name] = hf.load(GOLDENS / name)
+        cfg, model = loaded[name]
+        return Engine(model, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(**{"max_model_len": 128, **options}))
+
+    return make
+
+
+def serve(engine: Engine, prompts, params) -> list[list[Output]]:
+    """All outputs of each prompt, in the order of the prompts."""
+    each = params if isinstance(params, list) else [params] * len(prompts)
+    outputs: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
+    for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
+        engine.add(Request(str(i), tuple(int(t) for t in prompt), p))
+    while any(not out or out[-1].finish_reason is None for out in outputs.values()):
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    return list(outputs.values())
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    """The tokens of one request's outputs."""
+    return [t for output in outputs for t in output.token_ids]
+
+
+def greedy(count: int, **more) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **more)

@@ -1,0 +1,123 @@
+import jax.numpy as jnp
+import pytest
+
+from jaxserve import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
+from jaxserve.checkpoints import store
+from jaxserve.checkpoints.hub import EMBEDDED
+from tests.jaxserve.conftest import GOLDENS
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+PROMPTS = ["def quicksort(items):", "import os\nimport", "class Node:\n    def __init__(self"]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM(max_model_len=512, max_num_seqs=4)
+
+
+def test_the_embedded_model_continues_text(llm):
+    results = llm.generate(PROMPTS, GREEDY)
+    assert [r.prompt for r in results] == PROMPTS
+    assert all(r.finished and r.outputs[0].text for r in results)
+    for r in results:
+        assert llm.tokenizer.decode(r.outputs[0].token_ids) == r.outputs[0].text
+
+
+def test_one_prompt_needs_no_list_and_tokens_are_as_good_as_text(llm):
+    (as_text,) = llm.generate(PROMPTS[0], GREEDY)
+    (as_tokens,) = llm.generate(llm.tokenizer.encode(PROMPTS[0]), GREEDY)
+    assert as_text.outputs[0] == as_tokens.outputs[0]
+    assert as_tokens.prompt is None
+
+
+def test_streaming_gives_the_same_text_piece_by_piece(llm):
+    (whole,) = llm.generate(PROMPTS[0], GREEDY)
+    pieces = list(llm.stream(PROMPTS[0], GREEDY))
+    assert "".join(p.text for p in pieces) == whole.outputs[0].text
+    assert len(pieces) == len(whole.outputs[0].token_ids)
+
+
+def test_a_stream_that_is_dropped_frees_its_slots(llm):
+    for _ in range(3):
+        stream = llm.stream(PROMPTS * 3, SamplingParams(temperature=0, max_tokens=200))
+        next(stream)
+        stream.close()
+    assert llm.engine.step() == []
+
+
+def test_a_stop_text_ends_the_answer(llm):
+    (whole,) = llm.generate(PROMPTS[0], GREEDY)
+    stop = whole.outputs[0].text[5:9]
+    (cut,) = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=24, stop=stop))
+    assert cut.outputs[0].text == whole.outputs[0].text.split(stop)[0]
+    assert cut.outputs[0].stop_reason == stop
+
+
+def test_each_prompt_may_have_its_own_params(llm):
+    results = llm.generate(PROMPTS[:2], [SamplingParams(temperature=0, max_tokens=n) for n in (3, 5)])
+    assert [len(r.outputs[0].token_ids) for r in results] == [3, 5]
+    with pytest.raises(RequestError, match="2 prompts and 3 SamplingParams"):
+        llm.generate(PROMPTS[:2], [GREEDY] * 3)
+
+
+def test_nothing_is_generated_if_one_prompt_can_not_be_served(llm):
+    with pytest.raises(RequestError, match="prompt has"):
+        llm.generate(["fine", [5] * 600], GREEDY)
+    assert llm.engine.step() == []
+
+
+def test_an_empty_prompt_is_begun_by_the_model_s_own_token_and_an_empty_list_is_refused(llm):
+    assert llm.generate("", GREEDY)[0].prompt_token_ids == [llm.tokenizer.bos_id]
+    with pytest.raises(RequestError, match="no tokens"):
+        llm.generate([[]], GREEDY)
+
+
+def test_logprobs_come_with_every_token(llm):
+    (result,) = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=5, logprobs=2))
+    answer = result.outputs[0]
+    assert len(answer.logprobs) == 5
+    for token, found in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert found[token].rank == 1
+        assert len(found) == 2
+
+
+def test_chat_renders_the_model_s_template(llm):
+    result = llm.chat([{"role": "user", "content": "def add(a, b):"}], GREEDY)
+    assert result.outputs[0].text
+    with pytest.raises(RequestError, match="messages"):
+        llm.chat([], GREEDY)
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ConfigError, match="dtype 'int3' is not supported; supported: auto, float32"):
+        LLM(dtype="int3")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/folder", "is no folder here, and no name on the hub"),
+        ("./nowhere", "is no folder here"),
+        (str(EMBEDDED / "config.json"), "is a file; name the folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name, message):
+    with pytest.raises(CheckpointError, match=message):
+        LLM(name)
+
+
+def test_a_checkpoint_of_our_own_gives_the_same_text(llm, tmp_path):
+    store.save(tmp_path / "saved", llm.engine._model, EMBEDDED)
+    again = LLM(tmp_path / "saved", max_model_len=512)
+    assert again.generate(PROMPTS, GREEDY)[0].outputs == llm.generate(PROMPTS, GREEDY)[0].outputs
+
+
+def test_sixteen_bits_work_on_cpu():
+    llm = LLM(dtype="bfloat16", max_model_len=128, max_num_seqs=2)
+    assert llm.engine._model.embed.dtype == jnp.bfloat16
+    assert llm.generate(PROMPTS[:2], GREEDY)[0].outputs[0].text
+
+
+def test_a_checkpoint_without_a_tokenizer_says_so():
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        LLM(GOLDENS / "qwen3")

@@ -1,0 +1,146 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.layers import batch as paging
+from jaxserve.layers.attention import Block, KeyValueCache, attend, attend_grouped, gqa, gqa_cache, gqa_params
+from jaxserve.layers.config import Config, GroupedAttention
+from tests.layers.helpers import batch_of, empty, intermediates, normal, page_table, published_gqa, random_arrays, raw_config
+from tests.oracles import reference
+from tests.tolerances import LAYER, OP, assert_close
+
+ATT = GroupedAttention(heads=6, kv_heads=2, head_dim=8, scale=0.5)
+
+
+def random_cache(rng, pages: int, page_size: int) -> KeyValueCache:
+    shape = (2, pages, page_size, ATT.kv_heads, ATT.head_dim)
+    return KeyValueCache(*normal(rng, *shape))
+
+
+def plain_attention(q_thn, cache: KeyValueCache, batch) -> np.ndarray:
+    """One softmax over all keys of a query, one query and head at a time."""
+    out = np.zeros(q_thn.shape)
+    for t, position in enumerate(np.asarray(batch.positions_t)):
+        pages = np.asarray(batch.pages_sp)[batch.slots_a[t // batch.tile]]
+        k, v = (np.float64(x)[pages].reshape(-1, ATT.kv_heads, ATT.head_dim)[: position + 1] for x in cache)
+        for h in range(ATT.heads if position >= 0 else 0):
+            g = h // (ATT.heads // ATT.kv_heads)
+            out[t, h] = reference.softmax(k[:, g] @ np.float64(q_thn[t, h]) * ATT.scale) @ v[:, g]
+    return out
+
+
+def grouped():
+    """A function of its own each time: JAX would keep the block size that it was traced with."""
+    return jax.jit(lambda q, cache, batch: attend_grouped(q, cache, batch, ATT))
+
+
+@pytest.mark.parametrize("block_tokens", [256, 4])
+@pytest.mark.parametrize("page_size", [1, 2, 3, 16])
+def test_blockwise_attention_equals_one_softmax(rng, monkeypatch, page_size, block_tokens):
+    monkeypatch.setattr(paging, "BLOCK_TOKENS", block_tokens)
+    table = page_table(3, -(-23 // page_size), seed=2)
+    batch = batch_of([np.zeros(n, np.int32) for n in (4, 1, 3)], table, starts=[19, 0, 5])
+    q, cache = normal(rng, 12, 6, 8), random_cache(rng, table.size, page_size)
+    assert_close(grouped()(q, cache, batch), plain_attention(q, cache, batch), LAYER)
+
+
+def test_large_logits_neither_overflow_nor_lose_an_early_maximum(rng, monkeypatch):
+    monkeypatch.setattr(paging, "BLOCK_TOKENS", 2)
+    table = page_table(1, 6)
+    batch = batch_of([np.zeros(12, np.int32)], table)
+    cache = random_cache(rng, 6, 2)
+    cache = cache._replace(k=cache.k.at[0].mul(100.0))  # the first block outweighs all others
+    q = 10 * normal(rng, 12, 6, 8)
+    assert_close(grouped()(q, cache, batch), plain_attention(q, cache, batch), LAYER)
+
+
+def test_many_blocks_are_a_loop_and_few_are_not(rng, monkeypatch):
+    monkeypatch.setattr(paging, "BLOCK_TOKENS", 4)
+
+    def loops(pages: int) -> int:
+        batch = batch_of([np.zeros(1, np.int32)], page_table(1, pages))
+        args = jnp.ones((1, 6, 8)), random_cache(rng, pages, 2), batch
+        return str(jax.make_jaxpr(grouped())(*args)).count("while[")
+
+    assert (loops(2), loops(3)) == (0, 1)
+
+
+@pytest.mark.parametrize("block_tokens", [256, 2])
+def test_padding_and_rows_of_earlier_sequences_have_no_effect(rng, monkeypatch, block_tokens):
+    monkeypatch.setattr(paging, "BLOCK_TOKENS", block_tokens)
+    table, runs = page_table(2, 3, seed=4), [np.zeros(3, np.int32), np.zeros(1, np.int32)]
+    q = normal(rng, 2, 7, 6, 8)
+    exact, padded = batch_of(runs, table), batch_of(runs, table, tile=7)
+    clean = random_cache(rng, 6, 2)
+    used = np.zeros((6, 2), bool)
+    used[table[0, :2]], used[table[1, 0], 0] = [[True, True], [True, False]], True
+    dirty = jax.tree.map(lambda x: jnp.where(used[:, :, None, None], x, 1e6), clean)
+    expected = grouped()(q[:, :3].reshape(-1, 6, 8), clean, exact).reshape(2, 3, 6, 8)
+    actual = grouped()(q.reshape(-1, 6, 8), dirty, padded).reshape(2, 7, 6, 8)
+    np.testing.assert_array_equal(actual[:, 3:], 0.0)
+    assert_close(actual[0, :3], expected[0], OP)
+    assert_close(actual[1, :1], expected[1, :1], OP)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_it_is_differentiable_where_the_number_of_blocks_is_known(rng, blocks):
+    logits, values = normal(rng, 2, 1, 2, 3, 12)
+    wanted = normal(rng, 1, 2, 3, 12)
+    seen = jnp.tril(jnp.ones((1, 3, 12), bool), k=4)
+    width = 12 // blocks
+
+    def blockwise(logits, values):
+        def block(i) -> Block:
+            at = slice(i * width, (i + 1) * width)
+            mix = lambda w: jnp.einsum("ahwj,ahvj->ahwv", w, values[..., at])  # noqa: E731
+            return Block(logits[..., at], seen[..., at], mix)
+
+        return (attend(block, blocks, (1, 2, 3, 3)) * wanted[..., :3]).sum()
+
+    def plain(logits, values):
+        weights = jax.nn.softmax(jnp.where(seen[:, None], logits, -jnp.inf), axis=-1)
+        return (jnp.einsum("ahwj,ahvj->ahwv", weights, values) * wanted[..., :3]).sum()
+
+    pair = (jax.jit(jax.grad(f, argnums=(0, 1)))(logits, values) for f in (blockwise, plain))
+    for actual, expected in zip(*pair, strict=True):
+        assert_close(actual, expected, LAYER)
+
+
+@pytest.mark.parametrize("bits", [jnp.float32, jnp.bfloat16])
+def test_the_result_has_the_dtype_of_the_query_whatever_the_cache_holds(rng, bits):
+    batch = batch_of([np.zeros(3, np.int32)], page_table(1, 1))
+    cache = jax.tree.map(lambda x: x.astype(bits), random_cache(rng, 1, 4))
+    q = normal(rng, 3, 6, 8, dtype=jnp.bfloat16)
+    out = grouped()(q, cache, batch)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, plain_attention(q, cache, batch), 4, jnp.bfloat16)
+
+
+CFG = Config.tiny("qwen3")
+assert isinstance(CFG.attention, GroupedAttention)
+layer = jax.jit(partial(gqa, cfg=CFG, att=CFG.attention))
+
+
+def test_the_layer_equals_the_reference(rng):
+    p = random_arrays(gqa_params(CFG, CFG.attention, jnp.float32), rng)
+    x = normal(rng, 19, CFG.width)
+    batch = batch_of([np.zeros(19, np.int32)], page_table(1, 5, seed=1), tile=24)
+    padded = jnp.pad(x, ((0, 5), (0, 0)), constant_values=3.0)
+    y, cache = layer(p, padded, empty(gqa_cache(CFG.attention, 5, 4, jnp.float32)), batch)
+    assert_close(y[:19], reference.gqa(raw_config("qwen3"), published_gqa("a", p), "a", np.float64(x)), LAYER)
+    assert jnp.isfinite(y).all()
+    assert int((cache.k != 0).any(axis=(2, 3)).sum()) == 19
+
+
+def test_memory_grows_with_a_block_and_not_with_the_context():
+    tile, context = 128, 4096
+    pages = gqa_cache(CFG.attention, context // 16, 16, jnp.float32)
+    batch = batch_of([np.zeros(tile, np.int32)], page_table(1, context // 16), starts=[context - tile])
+    p = random_arrays(gqa_params(CFG, CFG.attention, jnp.float32), np.random.default_rng(0))
+    jaxpr = jax.make_jaxpr(layer)(p, jnp.ones((tile, CFG.width)), empty(pages), batch).jaxpr
+    largest = max(int(np.prod(shape)) for shape in intermediates(jaxpr))
+    logits_of_a_block = CFG.attention.heads * tile * paging.BLOCK_TOKENS
+    assert largest <= max(logits_of_a_block, pages.k.size) < CFG.attention.heads * tile * context / 8

@@ -1,0 +1,214 @@
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.layers.config import Config, Experts
+from jaxserve.layers.moe import (
+    Mlp,
+    Moe,
+    Routing,
+    assign_blocks,
+    block_shape,
+    mix_experts,
+    mlp,
+    mlp_params,
+    moe,
+    moe_params,
+    route,
+)
+from tests.layers.helpers import normal, published_mlp, published_moe, random_arrays, raw_config
+from tests.oracles import reference
+from tests.tolerances import LAYER, OP, assert_close
+
+run_route = jax.jit(route, static_argnames="cfg")
+run_mix = jax.jit(mix_experts, static_argnames="implementation")
+run_moe = jax.jit(moe, static_argnames="cfg")
+run_assign = jax.jit(assign_blocks, static_argnames=("experts", "size", "count"))
+
+_GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+ROUTERS: dict[str, dict[str, Any]] = {
+    "v3": raw_config("deepseek_v3", **_GROUPS),
+    "v3, weights as they are": raw_config("deepseek_v3", norm_topk_prob=False, **_GROUPS),
+    "kimi": raw_config("deepseek_v3", **_GROUPS | {"n_group": 1, "topk_group": 1}),
+    "v3, groups of one": raw_config("deepseek_v3", n_group=8, topk_group=5),
+    "v2": raw_config("deepseek_v2", **_GROUPS),
+    "v2-lite": raw_config("deepseek_v2_lite", n_routed_experts=16),
+    "qwen": raw_config("qwen3_moe", num_experts=16),
+    "qwen, weights as they are": raw_config("qwen3_moe", num_experts=16, norm_topk_prob=False),
+}
+
+
+def experts_of(raw: dict[str, Any]) -> tuple[Config, Experts]:
+    cfg = Config.from_hf(raw)
+    assert cfg.experts is not None
+    return cfg, cfg.experts
+
+
+def reference_route(raw: dict[str, Any], logits, bias) -> tuple[np.ndarray, np.ndarray]:
+    if raw["model_type"] == "deepseek_v3":
+        return reference.route_v3(logits, np.float64(bias), raw)
+    return (reference.route_v2 if raw["model_type"] == "deepseek_v2" else reference.route_qwen3)(logits, raw)
+
+
+def router(raw: dict[str, Any], rng: np.random.Generator) -> tuple[Moe, Experts]:
+    cfg, experts = experts_of(raw)
+    return random_arrays(moe_params(cfg, experts, jnp.float32), rng), experts
+
+
+@pytest.mark.parametrize("offset", [0.0, -3.0])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_same_experts_are_chosen_with_the_same_weights_as_in_the_reference(rng, name, offset):
+    """With an offset of -3 all biased scores are negative: an excluded expert must not win with a score of 0."""
+    p, cfg = router(ROUTERS[name], rng)
+    p = p if p.bias is None else p._replace(bias=p.bias + offset)
+    x = normal(rng, 64, p.w_router.shape[1])
+    routing = run_route(p, x, cfg)
+    chosen, weights = reference_route(ROUTERS[name], np.float64(x) @ np.float64(p.w_router).T, p.bias)
+    np.testing.assert_array_equal(routing.experts_tk, chosen)
+    assert routing.weights_tk.dtype == jnp.float32
+    assert_close(routing.weights_tk, weights, OP)
+
+
+def test_the_bias_chooses_and_does_not_weigh(rng):
+    p, cfg = router(ROUTERS["kimi"], rng)
+    x = normal(rng, 8, p.w_router.shape[1])
+    favoured = p._replace(bias=jnp.zeros(16).at[jnp.array([1, 2, 3, 5])].set(100.0))
+    plain, biased = (
+        run_route(p._replace(bias=jnp.zeros(16)), x, replace(cfg, per_token=16)),
+        run_route(favoured, x, cfg),
+    )
+    assert (np.sort(biased.experts_tk) == [1, 2, 3, 5]).all()
+    share = np.take_along_axis(np.asarray(plain.weights_tk), np.argsort(plain.experts_tk)[:, [1, 2, 3, 5]], axis=1)
+    ordered = np.take_along_axis(np.asarray(biased.weights_tk), np.argsort(biased.experts_tk), axis=1)
+    assert_close(ordered / ordered.sum(1, keepdims=True), share / share.sum(1, keepdims=True), OP)
+
+
+def test_routing_has_float32_whatever_the_activations(rng):
+    """Logits of 1 and 1.001 are one number in bfloat16; the weights of the router tell them apart."""
+    p, cfg = router(ROUTERS["qwen"], rng)
+    w = jnp.asarray(np.eye(1, 32) * (1 + 1e-3 * np.arange(16)[:, None]), jnp.float32)
+    routing = run_route(p._replace(w_router=w), jnp.ones((1, 32), jnp.bfloat16), cfg)
+    np.testing.assert_array_equal(routing.experts_tk, [[15, 14]])
+
+
+def test_scores_that_vanish_give_no_nan(rng):
+    p, cfg = router(ROUTERS["kimi"], rng)
+    routing = run_route(p._replace(w_router=jnp.full((16, 32), -10.0)), jnp.ones((1, 32)), cfg)
+    np.testing.assert_array_equal(routing.weights_tk, 0.0)
+
+
+def test_equal_scores_choose_the_first_experts():
+    cfg, experts = experts_of(ROUTERS["v2"])
+    p = Moe(jnp.zeros((16, cfg.width)), None, Mlp(None, None, None), None)
+    np.testing.assert_array_equal(run_route(p, jnp.ones((1, cfg.width)), experts).experts_tk, [[0, 1, 2, 3]])
+
+
+def loop_over_experts(p: Mlp, x, routing: Routing) -> np.ndarray:
+    out = np.zeros(x.shape)
+    for t, (experts, weights) in enumerate(
+        zip(np.asarray(routing.experts_tk), np.float64(routing.weights_tk), strict=True)
+    ):
+        for e, weight in zip(experts, weights, strict=True):
+            out[t] += weight * reference.mlp(published_mlp("m", Mlp(*(w[e] for w in p))), "m", np.float64(x[t]))
+    return out
+
+
+def routing_of(kind: str, rng: np.random.Generator, tokens: int, experts: int, k: int) -> Routing:
+    if kind == "random":
+        chosen = np.argsort(rng.random((tokens, experts)), axis=1)[:, :k]
+    else:  # all tokens to one expert, or its k neighbours: the others stay empty
+        chosen = np.tile(np.arange(experts - k, experts), (tokens, 1))
+    return Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((tokens, k)), jnp.float32))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocks", None])
+@pytest.mark.parametrize("kind", ["random", "all to the last"])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (2, 3), (7, 1), (50, 3)])
+def test_every_implementation_equals_a_loop_over_experts(rng, tokens, k, kind, implementation):
+    cfg, experts = experts_of(raw_config("deepseek_v3"))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    x = normal(rng, tokens, cfg.width)
+    routing = routing_of(kind, rng, tokens, experts.count, k)
+    assert_close(run_mix(p, x, routing, implementation=implementation), loop_over_experts(p, x, routing), LAYER)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "blocks"])
+def test_activations_of_bfloat16_keep_their_dtype(rng, implementation):
+    cfg, experts = experts_of(raw_config("deepseek_v3"))
+    p = random_arrays(moe_params(cfg, experts, jnp.bfloat16), rng).experts
+    x, routing = normal(rng, 9, cfg.width, dtype=jnp.bfloat16), routing_of("random", rng, 9, 8, 3)
+    y = run_mix(p, x, routing, implementation=implementation)
+    assert y.dtype == jnp.bfloat16
+    assert_close(y, loop_over_experts(p, x, routing), 4, jnp.bfloat16)
+
+
+def test_an_unknown_implementation_is_refused_with_those_there_are(rng):
+    cfg, experts = experts_of(raw_config("deepseek_v3"))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    with pytest.raises(NotImplementedError, match="'ragged'.*dense, blocks"):
+        mix_experts(p, jnp.ones((1, cfg.width)), routing_of("random", rng, 1, 8, 3), implementation="ragged")
+
+
+def test_blocks_compute_in_proportion_to_the_tokens(rng):
+    cfg, experts = experts_of(raw_config("deepseek_v3"))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    args = p, jnp.ones((512, cfg.width)), routing_of("random", rng, 512, 8, 3)
+    jaxpr = jax.make_jaxpr(partial(mix_experts, implementation="blocks"))(*args)
+    rows = [eqn.outvars[0].aval.size / cfg.width for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert max(rows[:3]) <= 512 * 3 + 8 * 64 < 512 * 8
+
+
+SHAPES = [(1, 1, 1), (1, 3, 4), (5, 3, 4), (16, 2, 40), (33, 3, 5)]  # tokens, choices, experts
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_block_has_one_expert_and_a_row_one_token_for_any_routing(data):
+    t, k, experts = data.draw(st.sampled_from(SHAPES))
+    chosen = data.draw(st.lists(st.integers(0, experts - 1), min_size=t * k, max_size=t * k))
+    experts_tk = np.reshape(chosen, (t, k)).astype(np.int32)
+    size, count = block_shape(t, k, experts)
+    row_tk, expert_i = map(np.asarray, run_assign(experts_tk, experts=experts, size=size, count=count))
+    assert len(np.unique(row_tk)) == t * k
+    assert (row_tk >= 0).all() and (row_tk < size * count).all()
+    assert expert_i.shape == (count,) and (expert_i >= 0).all() and (expert_i < experts).all()
+    np.testing.assert_array_equal(expert_i[row_tk // size], experts_tk)
+
+
+@given(t=st.integers(1, 5000), k=st.integers(1, 9), experts=st.integers(9, 400))
+def test_there_are_blocks_enough_for_the_worst_routing_and_few_more(t, k, experts):
+    size, count = block_shape(t, k, experts)
+    visited = min(experts, t * k)
+    worst = (t * k - visited) // size + visited  # every visited expert begins one more block with a single row
+    assert 2 <= size <= 64
+    assert worst <= count <= worst + visited // size + 1
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_layer_equals_the_reference(rng, name):
+    p, cfg = router(ROUTERS[name], rng)
+    x = normal(rng, 11, p.w_router.shape[1])
+    y, _ = run_moe(p, x, jnp.ones(11, bool), cfg=cfg)
+    expected = reference.moe(ROUTERS[name], published_moe("m", p), "m", np.float64(x))
+    assert_close(y, expected, LAYER)
+
+
+def test_padding_counts_for_no_expert(rng):
+    p, cfg = router(ROUTERS["v3"], rng)
+    x, valid = normal(rng, 11, p.w_router.shape[1]), np.arange(11) % 3 != 0
+    _, load_e = run_moe(p, x, jnp.asarray(valid), cfg=cfg)
+    chosen = np.asarray(run_route(p, x, cfg).experts_tk)[valid]
+    np.testing.assert_array_equal(load_e, np.bincount(chosen.reshape(-1), minlength=cfg.count))
+
+
+def test_a_single_network_equals_the_reference(rng):
+    p = random_arrays(mlp_params(32, 48, jnp.float32), rng)
+    x = normal(rng, 5, 32)
+    assert_close(jax.jit(mlp)(p, x), reference.mlp(published_mlp("m", p), "m", np.float64(x)), LAYER)

@@ -1,0 +1,84 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.layers.config import Config
+from jaxserve.layers.mtp import draft
+from jaxserve.layers.transformer import Model, forward, logits
+from tests.layers.helpers import (
+    batch_of,
+    empty_cache,
+    page_table,
+    published,
+    random_model,
+    random_tokens,
+    raw_config,
+)
+from tests.oracles import reference
+from tests.tolerances import MODEL, assert_close
+
+RAW = {
+    "as published": raw_config("deepseek_v3"),
+    "large eps": raw_config("deepseek_v3", rms_norm_eps=0.05),
+    "dense": raw_config("deepseek_v3", n_routed_experts=None),
+}
+run_forward, run_draft = (jax.jit(f, static_argnames="cfg") for f in (forward, draft))
+score = jax.jit(logits)
+
+
+def drafted(model: Model, cfg: Config, tokens: np.ndarray, chunk: int, tile: int) -> tuple[np.ndarray, Any]:
+    """Logits of the module for all positions but the last, in chunks; and its load of the last chunk."""
+    table, last = page_table(1, 5, seed=2), len(tokens) - 1
+    cache, parts, load = empty_cache(cfg, 5, 5), [], None
+    for start in range(0, last, chunk):
+        end = min(start + chunk, last)
+        out = run_forward(model, batch_of([tokens[start:end]], table, [start], tile), cache, cfg)
+        batch = batch_of([tokens[start + 1 : end + 1]], table, [start], tile)
+        guess = run_draft(model, model.mtp[0], out.hidden_td, batch, out.cache[-1], cfg)
+        cache, load = (*out.cache[:-1], guess.cache), guess.load_e
+        parts.append(np.asarray(score(model, guess.hidden_td))[: end - start])
+    return np.concatenate(parts), load
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_drafts_equal_the_reference(rng, name):
+    cfg = Config.from_hf(RAW[name])
+    model, tokens = random_model(cfg, rng), random_tokens(cfg, rng, 20)
+    actual, _ = drafted(model, cfg, tokens, chunk=19, tile=24)
+    assert_close(actual, reference.mtp_logits(RAW[name], published(model), tokens.tolist()), MODEL)
+
+
+@pytest.mark.parametrize("chunk", [1, 8])
+def test_step_by_step_gives_what_all_positions_at_once_give(rng, chunk):
+    cfg = Config.tiny("deepseek_v3")
+    model, tokens = random_model(cfg, rng), random_tokens(cfg, rng, 20)
+    whole, _ = drafted(model, cfg, tokens, chunk=19, tile=24)
+    assert_close(drafted(model, cfg, tokens, chunk, tile=chunk)[0], whole, MODEL)
+
+
+def test_padding_counts_for_no_expert_of_the_module(rng):
+    cfg = Config.tiny("deepseek_v3")
+    assert cfg.experts is not None
+    _, load = drafted(random_model(cfg, rng), cfg, random_tokens(cfg, rng, 20), chunk=19, tile=24)
+    assert load.sum() == 19 * cfg.experts.per_token
+
+
+def test_a_dense_module_reports_no_load(rng):
+    cfg = Config.from_hf(RAW["dense"])
+    assert drafted(random_model(cfg, rng), cfg, random_tokens(cfg, rng, 20), chunk=19, tile=24)[1] is None
+
+
+def test_the_draft_depends_on_the_next_token_and_on_the_hidden_state(rng):
+    cfg = Config.tiny("deepseek_v3")
+    model, batch = random_model(cfg, rng), batch_of([[5]], page_table(1, 1))
+    hidden = jnp.asarray(rng.standard_normal((1, cfg.width)), jnp.float32)
+
+    def guess(hidden, token: int):
+        changed = batch._replace(tokens_t=jnp.array([token], jnp.int32))
+        return np.asarray(run_draft(model, model.mtp[0], hidden, changed, empty_cache(cfg, 1, 4)[-1], cfg).hidden_td)
+
+    assert np.abs(guess(hidden, 5) - guess(hidden, 6)).max() > 1e-2
+    assert np.abs(guess(hidden, 5) - guess(-hidden, 5)).max() > 1e-2

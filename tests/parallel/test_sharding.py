@@ -1,0 +1,123 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import cache_params, model_params
+from jaxserve.parallel.errors import ShardingError
+from jaxserve.parallel.sharding import Param, abstract, initialize, named_sharding, shardings, zeros
+from tests.layers.helpers import FAMILIES, empty
+
+PARAM = Param((16, 6), ("e", "d"))
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("node", "die"))
+
+
+def test_a_param_knows_its_size():
+    param = Param((3, 4), ("e", None), jnp.bfloat16)
+    assert (param.size, param.nbytes) == (12, 24)
+    assert Param((), ()).size == 1
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((3, 4), ("e",)), ((3,), ("e", "d")), ((), ("e",))])
+def test_a_param_has_a_name_for_each_of_its_axes(shape, axes):
+    with pytest.raises(ShardingError, match=rf"has {len(shape)} axes.* name {len(axes)}"):
+        Param(shape, axes)
+
+
+@pytest.mark.parametrize(
+    ("rules", "spec"),
+    [
+        ({}, (None, None)),
+        ({"e": "die"}, ("die", None)),
+        ({"e": ("node", "die")}, (("node", "die"), None)),
+        ({"e": "die", "d": "node", "h": "die"}, ("die", "node")),
+        ({"e": ()}, ((), None)),
+    ],
+)
+def test_the_rules_place_each_logical_axis(mesh, rules, spec):
+    sharding = named_sharding("w", PARAM, mesh, rules)
+    parts = PartitionSpec(*(entry or None for entry in spec))
+    assert sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, parts), 2)
+
+
+def test_an_axis_without_a_letter_is_never_split(mesh):
+    assert named_sharding("w", Param((8,), (None,)), mesh, {"e": "die"}).is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("param", "rules", "named"),
+    [
+        (Param((6, 8), ("e", "d")), {"e": "die"}, "blocks.w: axis 'e' of size 6 .* the 4 devices of die"),
+        (Param((8, 12), ("e", "d")), {"d": ("node", "die")}, "blocks.w: axis 'd' of size 12 .* the 8 devices of"),
+        (Param((8, 8), ("e", "d")), {"e": "die", "d": "die"}, "blocks.w: .*'e', 'd'.* twice"),
+        (Param((8, 8), ("e", "d")), {"e": ("node", "die"), "d": "node"}, "blocks.w: .* twice"),
+        (Param((8, 8), ("e", "e")), {"e": "die"}, "blocks.w: .* twice"),
+    ],
+)
+def test_a_placement_that_cannot_be_names_the_array_and_the_axis(mesh, param, rules, named):
+    with pytest.raises(ShardingError, match=named):
+        named_sharding("blocks.w", param, mesh, rules)
+
+
+def test_errors_in_a_tree_name_the_path(mesh):
+    params = model_params(Config.tiny("qwen3"))
+    with pytest.raises(ShardingError, match=r"\.layers\[0\]\.attn\.w_k: axis 'g' of size 2"):
+        shardings(params, mesh, {"g": "die"})
+
+
+RULES = {"e": ("node", "die"), "h": "die", "g": "die", "u": "node", "p": "node"}
+PARTS = {"e": 8, "h": 4, "g": 4, "u": 2, "p": 2}
+SIZES = {"vocab_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rules_place_a_tiny_model_and_its_cache_on_eight_devices(mesh, family):
+    cfg = Config.tiny(family, **SIZES)
+    params = model_params(cfg), cache_params(cfg, pages=4, page_size=2)
+    placed = jax.device_put(empty(params), shardings(params, mesh, RULES))
+    for param, array in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True):
+        expected = tuple(n // PARTS.get(axis, 1) for n, axis in zip(param.shape, param.axes, strict=True))
+        assert {shard.data.shape for shard in array.addressable_shards} == {expected}
+        assert len({shard.device for shard in array.addressable_shards}) == 8
+
+
+def test_arrays_of_all_makes_agree_with_the_params():
+    params = model_params(Config.tiny("deepseek_v3", num_hidden_layers=2), jnp.bfloat16)
+    trees = params, initialize(params, jax.random.key(0)), zeros(params), abstract(params)
+    assert len({jax.tree.structure(tree) for tree in trees}) == 1
+    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+        assert len({(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves}) == 1
+
+
+def test_abstract_arrays_carry_the_placement(mesh):
+    params = {"w": PARAM}
+    placement = shardings(params, mesh, {"e": "die"})
+    assert abstract(params, placement)["w"].sharding == placement["w"]
+    assert abstract(params)["w"].sharding is None
+
+
+def test_initial_values_have_the_mean_and_deviation_of_the_param():
+    params = {"a": Param((64, 64), ("d", "f"), std=0.5), "b": Param((64, 64), ("d", "f"), mean=3.0, std=0.5)}
+    values = jax.tree.map(np.asarray, initialize(params, jax.random.key(1)))
+    assert values["a"].std() == pytest.approx(0.5, rel=0.05) and values["a"].mean() == pytest.approx(0, abs=0.03)
+    assert values["b"].mean() == pytest.approx(3.0, abs=0.03)
+    assert np.abs(values["b"] - 3.0 - values["a"]).max() > 0.1  # each array has its own key
+
+
+def test_values_without_deviation_are_the_mean_and_zeros_are_zero():
+    params = Param((3,), ("d",), jnp.bfloat16, mean=1.0)
+    np.testing.assert_array_equal(initialize(params, jax.random.key(0)), np.ones(3))
+    np.testing.assert_array_equal(zeros(params), np.zeros(3))
+
+
+def test_the_same_key_gives_the_same_values():
+    params = {"a": Param((4,), ("d",), std=1.0)}
+    first, again, other = (initialize(params, jax.random.key(seed))["a"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
