@@ -58,8 +58,32 @@ def restore(folder: Path, dtype: Any, placement: Any = None) -> tuple[Config, Mo
     params = model_params(cfg, dtype)
     if placement is None:
         placement = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return cfg, checkpointer.restore(folder.absolute() / WEIGHTS, abstract(params, placement))
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} can't be restored as its config.json says: {error}") from error
+    weights = folder.absolute() / WEIGHTS
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = _shapes(checkpointer.metadata(weights).item_metadata.tree)
+            _check_shapes(stored, _shapes(params), folder)
+            return cfg, checkpointer.restore(weights, abstract(params, placement))
+        except CheckpointError:
+            raise
+        except Exception as error:  # orbax and its storage raise many kinds for a file that is gone or damaged
+            raise CheckpointError(
+                f"{weights} can't be read, save it again ({type(error).__name__}: {error})"
+            ) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _check_shapes(stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], folder: Path) -> None:
+    faults = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in stored]
+    faults += [f"unexpected: {name} {shape}" for name, shape in stored.items() if name not in wanted]
+    faults += [
+        f"misshapen: {name} is {stored[name]}, config.json makes it {shape}"
+        for name, shape in wanted.items()
+        if stored.get(name, shape) != shape
+    ]
+    if faults:
+        raise CheckpointError(f"{folder} does not fit its config.json, {len(faults)} faults:\n  " + "\n  ".join(faults))

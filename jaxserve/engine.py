@@ -14,13 +14,15 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.dims import AnyArray
 from jaxserve.layers.sampling import Sampling
 from jaxserve.layers.transformer import Model, cache_params
-from jaxserve.parallel.errors import JaxserveError, RequestError
+from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.sharding import zeros
-from jaxserve.request import Logprob, Output, Request, SamplingParams
+from jaxserve.request import MAX_LOGPROBS, Logprob, Output, Request, SamplingParams
 from jaxserve.steps import Chosen, Rows, decode, prefill
 from jaxserve.tokenizer import Tokenizer
 
 PAGE_SIZE = 64
+MAX_ENDS = 16
+"""Tokens that may end an answer: the model's own and the request's."""
 CHUNKS = (32, 128, 512)
 """Sizes of a prefill chunk: a prompt is cut into the largest, its end goes into the smallest that holds it."""
 
@@ -47,6 +49,8 @@ class Engine:
     def __init__(self, model: Model, cfg: Config, tokenizer: Tokenizer, options: EngineConfig = EngineConfig()):
         self.cfg = cfg
         self.max_model_len = _max_model_len(cfg, options)
+        if options.max_num_seqs < 1:
+            raise RequestError(f"max_num_seqs = {options.max_num_seqs}: it must be 1 or more")
         self._model, self._tokenizer = model, tokenizer
         self._eos_ids = frozenset([*cfg.eos_ids, *tokenizer.eos_ids])
         self._seeds = np.random.default_rng(options.seed)
@@ -69,7 +73,21 @@ class Engine:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._cache))
 
     def check(self, request: Request) -> None:
-        check(request, self.cfg, self.max_model_len)
+        tokens, stops = request.prompt_token_ids, request.params.stop_token_ids
+        if not tokens:
+            raise RequestError("the prompt has no tokens; give at least one (a begin-of-text token, say)")
+        if len(tokens) >= self.max_model_len:
+            raise RequestError(
+                f"prompt has {len(tokens)} tokens; this engine accepts {self.max_model_len - 1} "
+                f"(max_model_len {self.max_model_len} less one). Raise max_model_len, or shorten the prompt."
+            )
+        if len(ends(request, self._eos_ids)) > MAX_ENDS:
+            room = MAX_ENDS - len(self._eos_ids)
+            raise RequestError(f"stop_token_ids has {len(stops)} tokens; it must have at most {room}")
+        for name, ids in (("prompt_token_ids", tokens), ("stop_token_ids", stops)):
+            wrong = [t for t in ids if not 0 <= t < self.cfg.vocab_size]
+            if wrong:
+                raise RequestError(f"{name} has {wrong[0]}; the model's tokens are 0 to {self.cfg.vocab_size - 1}")
 
     def add(self, request: Request) -> None:
         self.check(request)
@@ -106,7 +124,7 @@ class Engine:
             last = jnp.int32(size - 1)
             row = row._replace(positions_s=np.array([done + size - 1], np.int32))
             chosen, self._cache = prefill(
-                self._model, chunk, last, row, self._cache, cfg=self.cfg, top=request.params.logprobs
+                self._model, chunk, last, row, self._cache, cfg=self.cfg, top=self._top([request])
             )
             done += size
             if done == len(tokens):
@@ -115,13 +133,16 @@ class Engine:
     def _decode(self, busy: list[int]) -> list[Output]:
         """One token for every slot in use; computes the smallest power of two of slots that holds them."""
         size = min(1 << busy[-1].bit_length(), len(self._slots)) if busy[-1] else 1
-        wanted = [r.request.params.logprobs for r in self._slots if r and r.request.params.logprobs is not None]
+        top = self._top([running.request for running in self._slots if running])
         rows = _part(self._rows, slice(0, size))
-        chosen, _, self._cache = decode(
-            self._model, rows, self._cache, cfg=self.cfg, top=max(wanted) if wanted else None
-        )
+        chosen, self._cache = decode(self._model, rows, self._cache, cfg=self.cfg, top=top)
         self._rows.tokens_s[busy] = np.asarray(chosen.tokens_s)[busy]
         return [self._advance(slot, chosen, row=slot) for slot in busy]
+
+    def _top(self, requests: list[Request]) -> int | None:
+        """How many log-probabilities a step reports: all that may be asked for or none, for a program each."""
+        wanted = any(request.params.logprobs is not None for request in requests)
+        return min(MAX_LOGPROBS, self.cfg.vocab_size) if wanted else None
 
     def _advance(self, slot: int, chosen: Chosen, row: int) -> Output:
         """Hands the slot's new token to its answer; the slot is free again if that ends it."""
@@ -130,7 +151,8 @@ class Engine:
         request, completion = running
         if not bool(chosen.finite_s[row]):
             self._free(slot)
-            raise JaxserveError(f"request {request.id}: the model's scores are not finite; its weights may be damaged")
+            fault = "the model's scores are not finite; its weights may be damaged"
+            return Output(request.id, "", (), (), "error", fault)
         self._rows.positions_s[slot] = len(request.prompt_token_ids) + completion.count
         output = completion.push(int(chosen.tokens_s[row]), self._logprobs(request.params, chosen, row))
         if output.finish_reason:
@@ -149,26 +171,6 @@ class Engine:
     def _free(self, slot: int) -> None:
         self._slots[slot] = None
         self._rows.positions_s[slot] = -1
-
-
-def check(request: Request, cfg: Config, max_model_len: int) -> None:
-    """Raises RequestError if the engine could never serve the request."""
-    tokens, params = request.prompt_token_ids, request.params
-    if not tokens:
-        raise RequestError("the prompt has no tokens; give at least one (a begin-of-text token, say)")
-    if len(tokens) >= max_model_len:
-        raise RequestError(
-            f"prompt has {len(tokens)} tokens; this engine accepts {max_model_len - 1} "
-            f"(max_model_len {max_model_len} less one). Raise max_model_len, or shorten the prompt."
-        )
-    if len(params.stop_token_ids) > MAX_ENDS - len(cfg.eos_ids):
-        raise RequestError(
-            f"stop_token_ids has {len(params.stop_token_ids)} tokens; it must have at most {MAX_ENDS - 8}"
-        )
-    for name, ids in (("prompt_token_ids", tokens), ("stop_token_ids", params.stop_token_ids)):
-        wrong = [t for t in ids if not 0 <= t < cfg.vocab_size]
-        if wrong:
-            raise RequestError(f"{name} has {wrong[0]}; the model's tokens are 0 to {cfg.vocab_size - 1}")
 
 
 def _max_model_len(cfg: Config, options: EngineConfig) -> int:
@@ -191,9 +193,6 @@ def _chunk(tokens: tuple[int, ...], start: int, pages_1p: AnyArray) -> Batch:
         np.zeros(1, np.int32),
         pages_1p,
     )
-
-
-MAX_ENDS = 16
 
 
 def _empty_rows(pages_sp: np.ndarray) -> Rows:

@@ -13,7 +13,7 @@ from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache
 from jaxserve.engine import Engine, EngineConfig
 from jaxserve.layers.config import Config
-from jaxserve.parallel.errors import ConfigError, RequestError
+from jaxserve.parallel.errors import ConfigError, JaxserveError, RequestError
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
@@ -108,6 +108,8 @@ class LLM:
                 for output in self.engine.step():
                     if output.finish_reason:
                         running.discard(output.request_id)
+                    if output.finish_reason == "error":
+                        raise JaxserveError(f"request {output.request_id}: {output.stop_reason}")
                     yield output
         finally:
             for request_id in running:

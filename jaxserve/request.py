@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from jaxserve.parallel.errors import RequestError
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "error"]
 MAX_LOGPROBS = 20
 
 
@@ -92,7 +92,7 @@ class Output(NamedTuple):
     token_ids: tuple[int, ...]
     logprobs: tuple[dict[int, Logprob], ...]  # one for each token, if asked for
     finish_reason: FinishReason | None  # None: more follows
-    stop_reason: str | int | None  # the stop text or token that ended it; None for the model's own end
+    stop_reason: str | int | None  # the stop text or token that ended it, or the error; None for the model's own end
 
 
 @dataclass

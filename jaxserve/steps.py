@@ -47,14 +47,11 @@ def prefill(
 
 
 @partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames="cache")
-def decode(model: Model, rows: Rows, cache: Any, *, cfg: Config, top: int | None) -> tuple[Chosen, Rows, Any]:
-    """Computes each sequence's last token, chooses the next, and moves the rows on to it."""
+def decode(model: Model, rows: Rows, cache: Any, *, cfg: Config, top: int | None) -> tuple[Chosen, Any]:
+    """Computes each sequence's last token, and chooses the next."""
     slots_s = jnp.arange(rows.tokens_s.shape[0])
     out = forward(model, Batch(rows.tokens_s, rows.positions_s, slots_s, rows.pages_sp), cache, cfg)
-    chosen = choose(logits(model, out.hidden_td), rows, top)
-    running_s = rows.positions_s >= 0
-    positions_s = jnp.where(running_s, rows.positions_s + 1, -1)
-    return chosen, rows._replace(tokens_s=chosen.tokens_s, positions_s=positions_s), out.cache
+    return choose(logits(model, out.hidden_td), rows, top), out.cache
 
 
 def choose(scores_su: Array, rows: Rows, top: int | None) -> Chosen:

@@ -120,7 +120,7 @@ class Config:
     @classmethod
     def tiny(cls, family: str, **changes: Any) -> "Config":
         """A model of a few thousand parameters for tests; `changes` are keys of `config.json`."""
-        return cls.from_hf(_TINY[family] | changes)
+        return cls.from_hf(TINY[family] | changes)
 
 
 def _deepseek(raw: Mapping[str, Any]) -> Config:
@@ -324,7 +324,7 @@ _TINY_DEEPSEEK = _TINY_COMMON | {
     "routed_scaling_factor": 2.5,
 }
 _TINY_QWEN = _TINY_COMMON | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
-_TINY: dict[str, dict[str, Any]] = {
+TINY: dict[str, dict[str, Any]] = {
     "deepseek_v2": _TINY_DEEPSEEK
     | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
     "deepseek_v2_lite": _TINY_DEEPSEEK

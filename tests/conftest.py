@@ -16,10 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A repeated run compiles nothing. Only with a size limit does JAX lock the cache, which the workers of xdist share.
+# A repeated run compiles nothing that takes long. Only with a size limit does JAX lock the cache, which the workers of
+# xdist share; and then it looks at all entries to add one, so small programs stay out.
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_compilation_cache_max_size", 2**30)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # Before anything imports jaxserve: modules that are loaded already are not checked. The host's side checks what it is

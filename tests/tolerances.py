@@ -3,6 +3,8 @@
 Errors are measured against the largest magnitude expected, since sums cancel.
 """
 
+from typing import Any
+
 import numpy as np
 from ml_dtypes import finfo
 
@@ -14,7 +16,7 @@ MODEL = 512
 """A whole tiny model: 6e-5 in float32, within the 1e-4 that is promised against Hugging Face."""
 
 
-def assert_close(actual, expected, roundings: int, dtype=np.float32) -> None:
+def assert_close(actual, expected, roundings: int, dtype: Any = np.float32) -> None:
     """Fails unless all differences are within `roundings` of `dtype`; NaN is never close."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape

@@ -114,7 +114,7 @@ def train_step(state: TrainState, tokens_st: Int[Array, "s t"], cfg: Config) -> 
 
 def balance(model: Model, load_le: Int[Array, "l e"]) -> Model:
     """Raises the selection bias of experts with less than the mean load, and lowers that of the others."""
-    step_le = BIAS_SPEED * jnp.sign(load_le.mean(axis=1, keepdims=True) - load_le)
+    step_le = BIAS_SPEED * jnp.sign(load_le.mean(axis=1, keepdims=True) - load_le.astype(jnp.float32))
     rows = iter(step_le)
 
     def adjust(layer):

@@ -18,7 +18,7 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model, model_params
 from jaxserve.parallel.errors import CheckpointError, ConfigError
 from jaxserve.parallel.sharding import shardings
-from tests.layers.helpers import FAMILIES, GOLDEN_NAMES, GOLDENS, Weights, published, random_model, raw_config
+from tests.layers.helpers import FAMILIES, GOLDEN_NAMES, GOLDENS, Weights, f64, published, random_model, raw_config
 from tests.oracles import reference
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
@@ -84,7 +84,7 @@ def quantized(tensors: Weights) -> tuple[Weights, Weights]:
         blocks = [-(-n // 128) for n in w.shape]
         codes[name] = np.clip(100 * w, -448, 448).astype(ml_dtypes.float8_e4m3fn)
         codes[f"{name}_scale_inv"] = rng.uniform(0.005, 0.02, blocks).astype(np.float32)
-        values = reference.dequantize_fp8_blocks(np.float64(codes[name]), codes[f"{name}_scale_inv"])
+        values = reference.dequantize_fp8_blocks(f64(codes[name]), codes[f"{name}_scale_inv"])
         twin[name] = values.astype(np.float32)
     return codes, twin
 
@@ -247,7 +247,9 @@ def test_every_expert_that_is_not_finite_is_named_and_no_other(write_folder, v3,
 def test_a_dtype_that_is_not_supported_is_named_with_its_tensor(write_folder, v3, name, dtype):
     raw, tensors = v3
     stored = tensors[COPIES.get(name, name)].astype(dtype)
-    with pytest.raises(CheckpointError, match=rf"not supported: {name} of dtype {'F' if dtype == np.float64 else 'I'}64"):
+    with pytest.raises(
+        CheckpointError, match=rf"not supported: {name} of dtype {'F' if dtype == np.float64 else 'I'}64"
+    ):
         hf.load(write_folder(raw, tensors | {name: stored}))
 
 

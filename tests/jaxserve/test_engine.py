@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve import JaxserveError, RequestError, SamplingParams
+from jaxserve import RequestError, SamplingParams
 from jaxserve import engine as engine_module
 from jaxserve.checkpoints import hf
 from jaxserve.engine import Engine, EngineConfig
@@ -127,11 +127,11 @@ def test_a_length_beyond_the_model_s_positions_is_refused(make_engine):
         make_engine(max_model_len=100_000)
 
 
-def test_scores_that_are_not_finite_are_an_error_and_the_engine_goes_on():
+def test_scores_that_are_not_finite_end_their_request_and_no_other():
     cfg, model = hf.load(GOLDENS / "qwen3")
     broken = model._replace(embed=model.embed.at[9].set(jnp.nan))
     engine = Engine(broken, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(max_model_len=64))
-    engine.add(Request("bad", (9,), greedy(3)))
-    with pytest.raises(JaxserveError, match="request bad: the model's scores are not finite"):
-        engine.step()
-    assert len(tokens(serve(engine, [[5, 7]], greedy(3))[0])) == 3
+    bad, good = serve(engine, [[9], [5, 7]], greedy(3))
+    assert (bad[-1].finish_reason, bad[-1].token_ids) == ("error", ())
+    assert "scores are not finite" in bad[-1].stop_reason
+    assert len(tokens(good)) == 3

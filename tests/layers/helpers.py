@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxserve.layers import config
 from jaxserve.layers.attention import Gqa
@@ -27,11 +26,16 @@ Weights = dict[str, np.ndarray]
 
 def raw_config(family: str, **changes: Any) -> dict[str, Any]:
     """The `config.json` behind `Config.tiny(family, **changes)`: what the oracle reads."""
-    return config._TINY[family] | changes
+    return config.TINY[family] | changes
 
 
 def normal(rng: np.random.Generator, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def f64(x: Any) -> np.ndarray:
+    """For the oracle."""
+    return np.asarray(x, np.float64)
 
 
 def random_arrays(params: Any, rng: np.random.Generator) -> Any:
@@ -67,7 +71,7 @@ def page_table(sequences: int, pages_each: int, seed: int | None = None) -> np.n
 def batch_of(
     runs: Sequence[Sequence[int] | np.ndarray], table: np.ndarray, starts: Sequence[int] | None = None, tile: int = 0
 ) -> Batch:
-    """A tile for each run of tokens, which begins at its start and is filled with padding up to the longest, or `tile`."""
+    """A tile for each run of tokens, which begins at its start and is padded to the longest, or to `tile`."""
     tile = max(tile, *(len(run) for run in runs))
     tokens, positions = np.zeros((len(runs), tile), np.int32), np.full((len(runs), tile), -1, np.int32)
     for i, (run, start) in enumerate(zip(runs, starts or [0] * len(runs), strict=True)):
@@ -84,13 +88,18 @@ def step(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> tup
     return logits(model, out.hidden_td).reshape(len(batch.slots_a), batch.tile, -1), out.cache
 
 
-def intermediates(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
-    """Shapes of all that a program computes, in loops and calls too."""
+def intermediates(jaxpr: Any, primitive: str = "") -> Iterator[tuple[int, ...]]:
+    """Shapes of all that a program computes, in loops and calls too; or of the results of one primitive."""
     for eqn in jaxpr.eqns:
-        yield from (var.aval.shape for var in eqn.outvars)
-        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
-            if isinstance(inner, ClosedJaxpr | Jaxpr):
-                yield from intermediates(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner)
+        if not primitive or eqn.primitive.name == primitive:
+            yield from (var.aval.shape for var in eqn.outvars)
+        for inner in jax.tree.leaves(eqn.params, is_leaf=_is_program):
+            if _is_program(inner):
+                yield from intermediates(inner, primitive)
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns")
 
 
 def published(model: Model) -> Weights:
@@ -108,10 +117,11 @@ def published(model: Model) -> Weights:
 
 
 def published_layer(at: str, p: Layer) -> dict[str, Any]:
-    attention = published_mla if isinstance(p.attn, Mla) else published_gqa
-    ffn = published_moe if isinstance(p.ffn, Moe) else published_mlp
     norms = {f"{at}.input_layernorm.weight": p.attn_norm, f"{at}.post_attention_layernorm.weight": p.ffn_norm}
-    return norms | attention(f"{at}.self_attn", p.attn) | ffn(f"{at}.mlp", p.ffn)
+    at_attn, at_ffn = f"{at}.self_attn", f"{at}.mlp"
+    attn = published_mla(at_attn, p.attn) if isinstance(p.attn, Mla) else published_gqa(at_attn, p.attn)
+    ffn = published_moe(at_ffn, p.ffn) if isinstance(p.ffn, Moe) else published_mlp(at_ffn, p.ffn)
+    return norms | attn | ffn
 
 
 def published_mla(at: str, p: Mla) -> Weights:

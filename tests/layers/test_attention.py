@@ -1,4 +1,5 @@
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,17 @@ import pytest
 from jaxserve.layers import batch as paging
 from jaxserve.layers.attention import Block, KeyValueCache, attend, attend_grouped, gqa, gqa_cache, gqa_params
 from jaxserve.layers.config import Config, GroupedAttention
-from tests.layers.helpers import batch_of, empty, intermediates, normal, page_table, published_gqa, random_arrays, raw_config
+from tests.layers.helpers import (
+    batch_of,
+    empty,
+    f64,
+    intermediates,
+    normal,
+    page_table,
+    published_gqa,
+    random_arrays,
+    raw_config,
+)
 from tests.oracles import reference
 from tests.tolerances import LAYER, OP, assert_close
 
@@ -25,10 +36,10 @@ def plain_attention(q_thn, cache: KeyValueCache, batch) -> np.ndarray:
     out = np.zeros(q_thn.shape)
     for t, position in enumerate(np.asarray(batch.positions_t)):
         pages = np.asarray(batch.pages_sp)[batch.slots_a[t // batch.tile]]
-        k, v = (np.float64(x)[pages].reshape(-1, ATT.kv_heads, ATT.head_dim)[: position + 1] for x in cache)
+        k, v = (f64(x)[pages].reshape(-1, ATT.kv_heads, ATT.head_dim)[: position + 1] for x in cache)
         for h in range(ATT.heads if position >= 0 else 0):
             g = h // (ATT.heads // ATT.kv_heads)
-            out[t, h] = reference.softmax(k[:, g] @ np.float64(q_thn[t, h]) * ATT.scale) @ v[:, g]
+            out[t, h] = reference.softmax(k[:, g] @ f64(q_thn[t, h]) * ATT.scale) @ v[:, g]
     return out
 
 
@@ -120,27 +131,27 @@ def test_the_result_has_the_dtype_of_the_query_whatever_the_cache_holds(rng, bit
 
 
 CFG = Config.tiny("qwen3")
-assert isinstance(CFG.attention, GroupedAttention)
-layer = jax.jit(partial(gqa, cfg=CFG, att=CFG.attention))
+GQA = cast(GroupedAttention, CFG.attention)
+layer = jax.jit(partial(gqa, cfg=CFG, att=GQA))
 
 
 def test_the_layer_equals_the_reference(rng):
-    p = random_arrays(gqa_params(CFG, CFG.attention, jnp.float32), rng)
+    p = random_arrays(gqa_params(CFG, GQA, jnp.float32), rng)
     x = normal(rng, 19, CFG.width)
     batch = batch_of([np.zeros(19, np.int32)], page_table(1, 5, seed=1), tile=24)
     padded = jnp.pad(x, ((0, 5), (0, 0)), constant_values=3.0)
-    y, cache = layer(p, padded, empty(gqa_cache(CFG.attention, 5, 4, jnp.float32)), batch)
-    assert_close(y[:19], reference.gqa(raw_config("qwen3"), published_gqa("a", p), "a", np.float64(x)), LAYER)
+    y, cache = layer(p, padded, empty(gqa_cache(GQA, 5, 4, jnp.float32)), batch)
+    assert_close(y[:19], reference.gqa(raw_config("qwen3"), published_gqa("a", p), "a", f64(x)), LAYER)
     assert jnp.isfinite(y).all()
     assert int((cache.k != 0).any(axis=(2, 3)).sum()) == 19
 
 
 def test_memory_grows_with_a_block_and_not_with_the_context():
     tile, context = 128, 4096
-    pages = gqa_cache(CFG.attention, context // 16, 16, jnp.float32)
+    pages = gqa_cache(GQA, context // 16, 16, jnp.float32)
     batch = batch_of([np.zeros(tile, np.int32)], page_table(1, context // 16), starts=[context - tile])
-    p = random_arrays(gqa_params(CFG, CFG.attention, jnp.float32), np.random.default_rng(0))
-    jaxpr = jax.make_jaxpr(layer)(p, jnp.ones((tile, CFG.width)), empty(pages), batch).jaxpr
+    p = random_arrays(gqa_params(CFG, GQA, jnp.float32), np.random.default_rng(0))
+    jaxpr = jax.make_jaxpr(layer)(p, jnp.ones((tile, CFG.width)), empty(pages), batch)
     largest = max(int(np.prod(shape)) for shape in intermediates(jaxpr))
-    logits_of_a_block = CFG.attention.heads * tile * paging.BLOCK_TOKENS
-    assert largest <= max(logits_of_a_block, pages.k.size) < CFG.attention.heads * tile * context / 8
+    logits_of_a_block = GQA.heads * tile * paging.BLOCK_TOKENS
+    assert largest <= max(logits_of_a_block, pages.k.size) < GQA.heads * tile * context / 8

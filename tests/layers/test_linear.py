@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 
 from jaxserve.layers.linear import einsum
-from tests.layers.helpers import normal
+from tests.layers.helpers import f64, intermediates, normal
 from tests.tolerances import LAYER, OP, assert_close
 
 
 def rows_of_product(x, w) -> int:
     """Rows of activations in the product that is run."""
-    jaxpr = jax.make_jaxpr(lambda x, w: einsum("td,fd->tf", x, w))(x, w)
-    (product,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
-    return product.outvars[0].aval.size // w.shape[0]
+    ((rows, columns),) = intermediates(jax.make_jaxpr(lambda x, w: einsum("td,fd->tf", x, w))(x, w), "dot_general")
+    return rows if columns == len(w) else columns
 
 
 @pytest.mark.parametrize(
@@ -22,6 +21,8 @@ def rows_of_product(x, w) -> int:
         ("td,hnd->thn", (1, 7), (2, 3, 7)),
         ("thn,dhn->td", (5, 2, 3), (7, 2, 3)),
         ("td,efd->etf", (5, 7), (4, 3, 7)),
+        ("td,efd->etf", (1, 7), (4, 3, 7)),
+        ("etf,edf->etd", (4, 1, 7), (4, 3, 7)),
         ("imd,ifd->imf", (4, 5, 7), (4, 3, 7)),
     ],
 )
@@ -31,7 +32,7 @@ def test_it_equals_the_product_in_float64(rng, spec, x, w, dtype):
     w_array = normal(rng, *w, dtype=dtype)
     y = einsum(spec, x_array, w_array)
     assert y.dtype == dtype
-    assert_close(y, np.einsum(spec, np.float64(x_array), np.float64(w_array)), OP if dtype == jnp.float32 else 1, dtype)
+    assert_close(y, np.einsum(spec, f64(x_array), f64(w_array)), OP if dtype == jnp.float32 else 1, dtype)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -58,4 +59,4 @@ def test_sums_of_16_bit_products_do_not_saturate(rows):
 
 def test_float32_keeps_its_precision(rng):
     x, w = normal(rng, 2, 300), normal(rng, 3, 300)
-    assert_close(einsum("td,fd->tf", x, w), np.float64(x) @ np.float64(w).T, LAYER)
+    assert_close(einsum("td,fd->tf", x, w), f64(x) @ f64(w).T, LAYER)

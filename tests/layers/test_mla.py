@@ -19,7 +19,17 @@ from jaxserve.layers.mla import (
     mla_params,
 )
 from tests.layers import published
-from tests.layers.helpers import batch_of, empty, intermediates, normal, page_table, published_mla, random_arrays, raw_config
+from tests.layers.helpers import (
+    batch_of,
+    empty,
+    f64,
+    intermediates,
+    normal,
+    page_table,
+    published_mla,
+    random_arrays,
+    raw_config,
+)
 from tests.oracles import reference
 from tests.tolerances import LAYER, assert_close
 
@@ -63,7 +73,7 @@ def test_both_forms_equal_the_reference(rng, monkeypatch, name, form):
     monkeypatch.setattr(module, "expanding_pays", lambda att, tile: form == "expanded")
     layer = Layer(name, rng)
     x = layer.inputs(rng, 19)
-    expected = reference.mla(RAW[name], published_mla("a", layer.weights), "a", np.float64(x))
+    expected = reference.mla(RAW[name], published_mla("a", layer.weights), "a", f64(x))
     assert_close(alone(layer, x), expected, LAYER)
 
 
@@ -139,7 +149,7 @@ def shapes_of_a_step(tile: int, context: int, dtype=jnp.float32) -> tuple[Layer,
     layer, pages = Layer("compressed query", np.random.default_rng(0)), context // 4
     batch = batch_of([np.zeros(tile)], page_table(1, pages), starts=[context - tile])
     args = layer.weights, jnp.ones((tile, layer.cfg.width), dtype), layer.empty(pages), batch
-    return layer, list(intermediates(jax.make_jaxpr(layer.run)(*args).jaxpr))
+    return layer, list(intermediates(jax.make_jaxpr(layer.run)(*args)))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxserve.layers import norm
-from tests.layers.helpers import normal
+from tests.layers.helpers import f64, normal
 from tests.oracles import reference
 from tests.tolerances import OP, assert_close
 
@@ -23,7 +23,7 @@ def test_it_equals_the_reference_over_the_last_axis_and_keeps_the_dtype(rng, sha
     gain = 1 + normal(rng, *shape[-1:], dtype=dtype)
     y = rms_norm(x, gain, eps=1e-3)
     assert y.dtype == dtype
-    assert_close(y, reference.rms_norm(np.float64(x), np.float64(gain), 1e-3), OP, dtype)
+    assert_close(y, reference.rms_norm(f64(x), f64(gain), 1e-3), OP, dtype)
 
 
 def test_eps_outweighs_a_vanishing_row():

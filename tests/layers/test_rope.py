@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.layers.config import Config, Rope, Yarn
 from jaxserve.layers import rope as rope_module
+from jaxserve.layers.config import Config, Rope, Yarn
 from jaxserve.layers.rope import frequencies
 from tests.layers import published
-from tests.layers.helpers import normal, raw_config
+from tests.layers.helpers import f64, normal, raw_config
 from tests.oracles import reference
 from tests.tolerances import LAYER, OP, assert_close
 
@@ -66,7 +66,7 @@ def test_products_of_queries_and_keys_depend_on_the_distance_only(rng, interleav
 
     def products(by: int):
         turned_q, turned_k = rotate(q, places_q + by, rope), rotate(k, places_k + by, rope)
-        return np.einsum("thr,jhr->tj", np.float64(turned_q), np.float64(turned_k))
+        return np.einsum("thr,jhr->tj", f64(turned_q), f64(turned_k))
 
     assert_close(products(shift), products(0), LAYER + shift)
     assert np.abs(products(0) - np.einsum("thr,jhr->tj", q, k)).max() > 0.1
@@ -83,4 +83,4 @@ def test_the_dtype_is_kept_and_angles_have_float32(rng):
     rope, place = Rope(8, 1e4, True), np.array([300])
     y = rotate(x, jnp.asarray(place, jnp.int32), rope)
     assert y.dtype == jnp.bfloat16
-    assert_close(y, reference.rotate_interleaved(np.float64(x), place, frequencies(rope)), 1, jnp.bfloat16)
+    assert_close(y, reference.rotate_interleaved(f64(x), place, frequencies(rope)), 1, jnp.bfloat16)

@@ -1,0 +1,88 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxserve.checkpoints.embedded import corpus, train
+from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import model_params
+from jaxserve.parallel.sharding import initialize
+from tests.layers.helpers import published, raw_config
+from tests.oracles import reference
+
+TINY = Config.tiny("deepseek_v3")
+MODULES = [
+    corpus.Module(name, f"def {name}(x):\n    return x + {i}\n" * 40) for i, name in enumerate("abcdefghijklmnop")
+]
+
+
+@pytest.fixture
+def optax_promotes():
+    """Optax relies on JAX's implicit promotion of dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_the_model_has_the_promised_structure_and_size():
+    cfg = Config.from_hf(train.CONFIG)
+    assert cfg.is_moe == (False,) + (True,) * 5
+    assert (cfg.experts.count, cfg.experts.groups, cfg.experts.groups_per_token, cfg.experts.per_token) == (16, 4, 2, 4)
+    assert cfg.mtp_layers == 1 and cfg.attention.query_rank
+    assert sum(p.nbytes for p in jax.tree.leaves(model_params(cfg, jnp.bfloat16))) < 16e6
+
+
+def test_losses_are_the_reference_s_cross_entropies(key):
+    model = initialize(model_params(TINY), key)
+    tokens = np.array([[3, 5, 7, 11, 13, 17, 19, 23]])
+    got = train.losses(model, jnp.asarray(tokens), TINY)
+    weights = published(model)
+    raw = raw_config("deepseek_v3")
+    main = np.log(reference.softmax(reference.logits(raw, weights, tokens[0, :-2])))
+    ahead = np.log(reference.softmax(reference.mtp_logits(raw, weights, tokens[0, :-1])))
+    assert got.main == pytest.approx(-np.mean(main[np.arange(6), tokens[0, 1:-1]]), rel=1e-4)
+    assert got.mtp == pytest.approx(-np.mean(ahead[np.arange(6), tokens[0, 2:]]), rel=1e-4)
+
+
+def test_steps_lower_the_loss_and_move_the_bias_towards_balance(key, optax_promotes):
+    described = model_params(TINY)
+    state = train.TrainState.create(
+        apply_fn=None, params=initialize(described, key), tx=train.optimizer(described, 1e-2, 400, 10)
+    )
+    tokens = jax.random.randint(key, (4, 18), 0, 20)
+    step = jax.jit(train.train_step, static_argnums=2)
+    first = train.losses(state.params, tokens, TINY)
+    for _ in range(60):
+        state, last = step(state, tokens, TINY)
+    assert last.main < 0.7 * first.main and last.mtp < first.mtp
+    assert np.abs(state.params.layers[1].ffn.bias).max() > 0
+
+
+def test_balance_raises_the_bias_of_idle_experts(key):
+    model = initialize(model_params(TINY), key)
+    load = jnp.array([[9, 0, 3, 3, 3, 3, 2, 1]] * 3)
+    bias = train.balance(model, load).mtp[0].layer.ffn.bias
+    assert (np.sign(bias) == [-1, 1, 0, 0, 0, 0, 1, 1]).all()
+
+
+def test_windows_are_a_function_of_the_step_and_cover_the_text_once_an_epoch():
+    windows = train.Windows(np.arange(1000), length=10, batch=4)
+    np.testing.assert_array_equal(windows.at(7), windows.at(7))
+    epoch = [start for step in range(24) for start in windows.at(step)[:, 0]]
+    assert len(set(epoch)) >= 95
+    assert all((np.diff(row) == 1).all() for row in windows.at(3))
+
+
+def test_a_run_saves_and_continues_where_it_stopped(tmp_path, monkeypatch, optax_promotes):
+    small = raw_config("deepseek_v3", num_hidden_layers=2, vocab_size=corpus.VOCABULARY)
+    monkeypatch.setattr(train, "CONFIG", small)
+    monkeypatch.setattr(train, "optimizer", lambda *_: optax.sgd(0.1))  # compiles in a moment
+    monkeypatch.setattr(corpus, "modules", lambda: MODULES)
+    options = {"decay": 1, "rate": 1e-3, "batch": 2, "length": 16, "every": 2, "start": None}
+    for steps in (2, 4):
+        train.train(tmp_path, steps=steps, **options)
+    lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["tokens"]) for line in lines] == [(2, 64), (4, 128)]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
