@@ -44,11 +44,14 @@ def read_json(folder: Path) -> dict[str, Any]:
     """The content of the folder's `config.json`."""
     path = folder / "config.json"
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} has no config.json; a Hugging Face model folder is needed") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not JSON of a model's keys, but a {type(content).__name__}; fetch it again")
+    return content
 
 
 def load(
@@ -72,7 +75,7 @@ def load(
     places = tree.flatten_up_to(placement) if placement is not None else [None] * len(leaves)
     total, done, arrays = sum(p.nbytes for p in leaves), 0, []
     for param, source, place in zip(leaves, tree.flatten_up_to(table), places, strict=True):
-        arrays.append(_finite(_place(tensors, source, param, place), source, folder))
+        arrays.append(_place(tensors, source, param, place))
         done += param.nbytes
         if progress:
             progress(done, total)
@@ -100,13 +103,15 @@ def _place(tensors: Tensors, source: Source, param: Param, place: Any) -> jax.Ar
 
 def _read(tensors: Tensors, source: Source, dtype: Any, index: tuple[slice, ...]) -> np.ndarray:
     """The part `index` of a weight; of the file, only the bytes of that part are read, but for FP8."""
-
-    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return _values(tensors, name).reshape(source.view)[source.cut][index].astype(dtype)
-
-    if not source.stacked:
-        return np.ascontiguousarray(part(source.names[0], index))
-    return np.stack([part(name, index[1:]) for name in source.names[index[0]]])
+    names, index = (source.names[index[0]], index[1:]) if source.stacked and index else (source.names, index)
+    parts = [_values(tensors, name).reshape(source.view)[source.cut][index].astype(dtype) for name in names]
+    spoiled = [name for name, part in zip(names, parts, strict=True) if not np.isfinite(part).all()]
+    if spoiled:
+        raise CheckpointError(
+            f"{tensors[spoiled[0]].path.parent}: {', '.join(spoiled)} has values that are NaN or infinite "
+            f"in {jnp.dtype(dtype)}; fetch the file again, or load it in a wider dtype"
+        )
+    return np.stack(parts) if source.stacked else np.ascontiguousarray(parts[0])
 
 
 def _values(tensors: Tensors, name: str) -> np.ndarray:
@@ -122,15 +127,6 @@ def dequantize_blocks(codes: np.ndarray, scale: np.ndarray, block: int = 128) ->
     rows, columns = codes.shape
     spread = scale.astype(np.float32).repeat(block, axis=0)[:rows].repeat(block, axis=1)[:, :columns]
     return codes.astype(np.float32) * spread
-
-
-def _finite(array: jax.Array, source: Source, folder: Path) -> jax.Array:
-    stack = array if source.stacked else array[None]
-    sound = np.asarray(jnp.isfinite(stack).all(axis=tuple(range(1, stack.ndim))))
-    if not sound.all():
-        names = [name for name, ok in zip(source.names, sound, strict=True) if not ok]
-        raise CheckpointError(f"{folder}: {', '.join(names)} has values that are NaN or infinite; fetch the file again")
-    return array
 
 
 def _check_quantization(raw: dict[str, Any], cfg: Config) -> None:
@@ -161,7 +157,7 @@ def _check_tensors(tensors: Tensors, table: Model, cfg: Config, folder: Path) ->
     """Lists everything that is wrong at once: whoever repairs a checkpoint wants to do it once."""
     expected = {name: source.shape for source in jax.tree.leaves(table) for name in source.names}
     for name in list(expected):
-        if name in tensors and tensors[name].dtype == "F8_E4M3":
+        if name in tensors and tensors[name].dtype == "F8_E4M3" and len(expected[name]) == 2:
             rows, columns = expected[name]
             expected[name + "_scale_inv"] = (math.ceil(rows / 128), math.ceil(columns / 128))
     known = set(expected) | set(_copies(cfg)) | {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
@@ -170,10 +166,20 @@ def _check_tensors(tensors: Tensors, table: Model, cfg: Config, folder: Path) ->
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape != shape:
             faults.append(f"misshapen: {name} is {tensors[name].shape}, config.json makes it {shape}")
-        if name in tensors and tensors[name].dtype not in DTYPES:
-            faults.append(f"not supported: {name} of dtype {tensors[name].dtype}; supported: {', '.join(DTYPES)}")
+    faults += [
+        _unreadable(name, tensors[name]) for name in tensors if name in known and _unreadable(name, tensors[name])
+    ]
     if faults:
         raise CheckpointError(f"{folder} does not fit its config.json, {len(faults)} faults:\n  " + "\n  ".join(faults))
+
+
+def _unreadable(name: str, tensor: Tensor) -> str:
+    """Why a tensor's values can't be read, or nothing."""
+    if tensor.dtype not in DTYPES:
+        return f"not supported: {name} of dtype {tensor.dtype}; supported: {', '.join(DTYPES)}"
+    if tensor.dtype == "F8_E4M3" and len(tensor.shape) != 2:
+        return f"not supported: {name} of dtype F8_E4M3 and shape {tensor.shape}; only matrices have scales of blocks"
+    return ""
 
 
 def _copies(cfg: Config) -> dict[str, str]:

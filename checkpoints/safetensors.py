@@ -55,9 +55,9 @@ def _files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            missing = [name for name in shards if not (folder / name).exists()]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged ({error!r}); fetch it again") from None
-        missing = [name for name in shards if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}")
         return [folder / name for name in shards]

@@ -41,7 +41,7 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         self.bos_id = self._named("bos_token")
         eos_id = self._named("eos_token")
-        self.eos_ids = tuple(dict.fromkeys([*eos_ids, *([] if eos_id is None else [eos_id])]))
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *([] if eos_id is None else [eos_id])]))
         added = backend.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._prepends_bos = add_bos and self.bos_id is not None and backend.encode("").ids[:1] != [self.bos_id]

@@ -42,7 +42,8 @@ def write(pages: Leaf, rows: Leaf, batch: Batch) -> Leaf:
 def read_block(pages: Leaf, batch: Batch, i: Int[Array, ""] | int) -> tuple[Leaf, Array]:
     """The i-th block of each tile's sequence, `[a, j, …]` for pages `[p, b, …]`, and what of it is seen, `[a, w, j]`.
 
-    A token sees what stands at its position or before it.
+    A token sees what stands at its position or before it. What no token of a tile sees is 0: what another sequence left
+    in a page may be NaN, and 0 times NaN would not be 0.
     """
     b = jax.tree.leaves(pages)[0].shape[1]
     per_block = max(1, BLOCK_TOKENS // b)
@@ -51,7 +52,12 @@ def read_block(pages: Leaf, batch: Batch, i: Int[Array, ""] | int) -> tuple[Leaf
     positions_j = (columns[:, None] * b + jnp.arange(b)[None]).reshape(-1)
     positions_aw = batch.positions_t.reshape(-1, batch.tile)
     seen_awj = positions_j[None, None] <= positions_aw[:, :, None]
-    gather = lambda page: page[ids_ap].reshape(ids_ap.shape[0], -1, *page.shape[2:])  # noqa: E731
+    used_aj = seen_awj.any(axis=1)
+
+    def gather(page):
+        block = page[ids_ap].reshape(*used_aj.shape, *page.shape[2:])
+        return jnp.where(used_aj.reshape(*used_aj.shape, *(1,) * (block.ndim - 2)), block, 0)
+
     return jax.tree.map(gather, pages), seen_awj
 
 

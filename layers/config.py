@@ -116,6 +116,8 @@ class Config:
             return _FAMILIES[kind](raw)
         except KeyError as error:
             raise ConfigError(f"config.json lacks {error.args[0]!r}, which model_type {kind!r} needs") from None
+        except TypeError as error:
+            raise ConfigError(f"config.json has a value of the wrong type: {error}") from None
 
     @classmethod
     def tiny(cls, family: str, **changes: Any) -> "Config":

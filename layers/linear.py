@@ -7,11 +7,13 @@ from jaxserve.layers.dims import Leaf
 
 
 def einsum(spec: str, x: jax.Array, w: Leaf) -> jax.Array:
-    """`jnp.einsum` of activations and a weight, in the activations' dtype; sums are kept in float32 where it matters.
-
-    A 16-bit product with a single row of activations is computed with two: XLA's CPU backend has a scalar loop for one
-    row that is 20 times slower than its matrix kernel.
-    """
-    if x.ndim == 2 and x.shape[0] == 1 and x.dtype.itemsize < 4:
-        return jnp.einsum(spec, jnp.concatenate([x, x]), w)[:1]
+    """`jnp.einsum` of activations and a weight, in the activations' dtype. `t` is the letter of rows."""
+    if x.ndim == 2 and spec.startswith("t"):
+        out = jnp.einsum(spec, two_rows(x), w)
+        return jax.lax.slice_in_dim(out, 0, x.shape[0], axis=spec.split("->")[1].index("t"))
     return jnp.einsum(spec, x, w)
+
+
+def two_rows(x: jax.Array) -> jax.Array:
+    """`x`, but a single row of 16-bit values twice: XLA's CPU backend has a scalar loop for one, 20 times slower."""
+    return jnp.concatenate([x, x]) if x.shape[0] == 1 and x.dtype.itemsize < 4 else x

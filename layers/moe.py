@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.config import Config, Experts
 from jaxserve.layers.dims import AnyArray, Leaf
-from jaxserve.layers.linear import einsum
+from jaxserve.layers.linear import einsum, two_rows
 from jaxserve.parallel.sharding import Param
 
 
@@ -118,7 +118,8 @@ def _cheaper(t: int, k: int, experts: int) -> str:
 
 
 def _mix_dense(p: Mlp, x_td: Array, routing: Routing) -> Array:
-    hidden_etf = jax.nn.silu(einsum("td,efd->etf", x_td, p.w_gate)) * einsum("td,efd->etf", x_td, p.w_up)
+    rows_td = two_rows(x_td)
+    hidden_etf = jax.nn.silu(einsum("td,efd->etf", rows_td, p.w_gate)) * einsum("td,efd->etf", rows_td, p.w_up)
     y_etd = einsum("etf,edf->etd", hidden_etf, p.w_down)
     y_tkd = y_etd[routing.experts_tk, jnp.arange(x_td.shape[0])[:, None]]
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))

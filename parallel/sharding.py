@@ -50,6 +50,9 @@ def named_sharding(name: str, param: Param, mesh: Mesh, rules: Rules) -> NamedSh
     used = [m for entry in spec if entry for m in ((entry,) if isinstance(entry, str) else entry)]
     if len(used) != len(set(used)):
         raise ShardingError(f"{name}: axes {param.axes} use a mesh axis twice: {spec}")
+    unknown = [m for m in used if m not in mesh.shape]
+    if unknown:
+        raise ShardingError(f"{name}: the rules name mesh axis {unknown[0]!r}; the mesh has {tuple(mesh.shape)}")
     for axis, size, entry in zip(param.axes, param.shape, spec, strict=True):
         parts = math.prod(mesh.shape[m] for m in ((entry,) if isinstance(entry, str) else entry or ()))
         if size % parts:

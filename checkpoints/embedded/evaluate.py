@@ -4,7 +4,6 @@
 """
 
 import json
-import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple, cast
@@ -58,7 +57,13 @@ class Tally(NamedTuple):
     agreed: int  # those where it is the model's own choice
 
     def plus(self, other: "Tally") -> "Tally":
-        return Tally(*map(operator.add, self, other))
+        return Tally(
+            bits=self.bits + other.bits,
+            tokens=self.tokens + other.tokens,
+            right=self.right + other.right,
+            drafted=self.drafted + other.drafted,
+            agreed=self.agreed + other.agreed,
+        )
 
 
 class Report(NamedTuple):

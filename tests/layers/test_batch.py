@@ -117,8 +117,16 @@ def test_several_tiles_may_belong_to_one_sequence():
     batch = batch._replace(slots_a=jnp.array([1, 1], jnp.int32))
     pages = write(pages_of(4, 2), rows_of(batch), batch)
     block, seen = read_block(pages, batch, 0)
-    np.testing.assert_array_equal(block.flat[:, :4], [1000 + np.arange(1, 5)] * 2)
+    np.testing.assert_array_equal(block.flat[:, :4], [[1001, 1002, 0, 0], [1001, 1002, 1003, 1004]])
     np.testing.assert_array_equal(seen.sum(axis=-1), [[1, 2], [3, 4]])
+
+
+def test_what_another_sequence_left_in_a_page_is_zero_even_if_it_was_nan():
+    batch = batch_of([np.zeros(1, np.int32)], np.array([[1, 0]], np.int32), starts=[0])
+    left = jax.tree.map(lambda page: jnp.full_like(page, jnp.nan), pages_of(2, 4))
+    block, seen = read_block(write(left, rows_of(batch), batch), batch, 0)
+    assert seen.sum() == 1
+    np.testing.assert_array_equal(np.where(seen[0, 0], 0, block.flat[0]), np.zeros(block.flat.shape[1]))
 
 
 def test_sequences_may_share_the_pages_of_a_prefix():
