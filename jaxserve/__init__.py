@@ -9,11 +9,11 @@ if _TYPE_CHECKING:
     from jaxserve.llm import LLM
 
 __all__ = [
-    "LLM",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
     "JaxserveError",
+    "LLM",
     "Logprob",
     "RequestError",
     "RequestOutput",

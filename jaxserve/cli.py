@@ -125,14 +125,16 @@ def info(
     from jaxserve.checkpoints.hub import locate
     from jaxserve.describe import architecture, memory, parts
     from jaxserve.layers.config import Config
+    from jaxserve.llm import resolve_dtype
 
     folder = locate(model)
-    cfg = Config.from_hf(read_json(folder))
+    raw = read_json(folder)
+    cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
     console = Console()
     for title, rows in (
         (f"{cfg.model_type}  {folder}", architecture(cfg)),
         ("parameters", parts(cfg)),
-        (f"memory in {dtype}", memory(cfg, dtype)),
+        (f"memory in {kind}", memory(cfg, kind)),
     ):
         table = Table(
             title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)

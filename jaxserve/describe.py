@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.moe import Moe
@@ -62,10 +61,10 @@ def parts(cfg: Config) -> list[Row]:
     return [*shown, ("total", f"{total:>18,}"), ("used by a token, without MTP", f"{active:>18,}")]
 
 
-def memory(cfg: Config, dtype: str) -> list[Row]:
+def memory(cfg: Config, dtype: Any) -> list[Row]:
     """Bytes of the weights, and of the cache for a token and for the longest sequence."""
-    weights = sum(p.nbytes for p in jax.tree.leaves(model_params(cfg, jnp.dtype(dtype))))
-    token = sum(p.nbytes for p in jax.tree.leaves(cache_params(cfg, 1, 1, jnp.dtype(dtype))))
+    weights = sum(p.nbytes for p in jax.tree.leaves(model_params(cfg, dtype)))
+    token = sum(p.nbytes for p in jax.tree.leaves(cache_params(cfg, 1, 1, dtype)))
     return [
         ("weights", human(weights)),
         ("cache of a token", human(token)),
