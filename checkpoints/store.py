@@ -1,6 +1,6 @@
 """Checkpoints of our own: weights saved with orbax as they are in memory, the config and the tokenizer beside them.
 
-    folder/config.json  folder/tokenizer.json …  folder/weights/
+    folder/config.json  folder/tokenizer.json …  folder/weights.json  folder/weights/
 
 They restore onto any number of devices: each reads the parts that belong to it.
 """
@@ -20,6 +20,8 @@ from jaxserve.parallel.errors import CheckpointError
 from jaxserve.parallel.sharding import abstract
 
 WEIGHTS = "weights"
+MANIFEST = "weights.json"
+"""Beside the weights: the size of each of their files, so that one that is gone or cut off is named."""
 
 
 def is_store(folder: Path) -> bool:
@@ -36,11 +38,12 @@ def save(folder: Path, model: Model, beside: Path) -> None:
         raise CheckpointError(f"{folder} exists and is not empty; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for path in beside.iterdir():
-        if path.suffix in {".json", ".jinja"} and not path.name.endswith(".index.json"):
+        if path.suffix in {".json", ".jinja"} and path.name != MANIFEST and not path.name.endswith(".index.json"):
             shutil.copy(path, folder)
     (folder / "config.json").write_text(json.dumps(_as_saved(read_json(beside), model), indent=2) + "\n")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / WEIGHTS, model)
+    (folder / MANIFEST).write_text(json.dumps(_sizes(folder / WEIGHTS), indent=1) + "\n")
 
 
 def _as_saved(raw: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -59,6 +62,7 @@ def restore(folder: Path, dtype: Any, placement: Any = None) -> tuple[Config, Mo
     if placement is None:
         placement = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), params)
     weights = folder.absolute() / WEIGHTS
+    _check_files(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             stored = _shapes(checkpointer.metadata(weights).item_metadata.tree)
@@ -70,6 +74,22 @@ def restore(folder: Path, dtype: Any, placement: Any = None) -> tuple[Config, Mo
             raise CheckpointError(
                 f"{weights} can't be read, save it again ({type(error).__name__}: {error})"
             ) from error
+
+
+def _sizes(weights: Path) -> dict[str, int]:
+    files = sorted(path for path in weights.rglob("*") if path.is_file())
+    return {path.relative_to(weights).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(folder: Path) -> None:
+    try:
+        wanted = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} can't be read ({error}); save the checkpoint again") from None
+    there = _sizes(folder / WEIGHTS)
+    faults = [name for name, size in wanted.items() if there.get(name) != size]
+    if faults:
+        raise CheckpointError(f"{folder / WEIGHTS}: {', '.join(faults)} gone or cut off; save the checkpoint again")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
