@@ -19,7 +19,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 generate: .venv/.runtime  ## Continue PROMPT="def quicksort(items):" with the embedded model
-	@$(bin)/jaxserve generate "$$PROMPT"
+	@$(bin)/jaxserve generate --seed 5 "$$PROMPT"
 
 test: lint check-types pytest  ## Everything: lint, types, tests
 

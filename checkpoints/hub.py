@@ -5,11 +5,13 @@ from pathlib import Path
 from jaxserve.parallel.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
-WANTED = ["*.json", "*.safetensors", "*.jinja"]
+WANTED = ("*.json", "*.safetensors", "*.jinja")
 
 
-def locate(model: str | Path | None) -> Path:
-    """The folder of a model: None is the embedded one, a name like `deepseek-ai/DeepSeek-V3` is fetched and kept.
+def locate(model: str | Path | None, wanted: tuple[str, ...] = WANTED) -> Path:
+    """The folder of a model: None is the embedded one; of a name like `deepseek-ai/DeepSeek-V3`, files are fetched.
+
+    `wanted` are patterns of the files to fetch.
 
     Raises CheckpointError that says what was looked for, and where.
     """
@@ -22,16 +24,16 @@ def locate(model: str | Path | None) -> Path:
         raise CheckpointError(f"{folder} is a file; name the folder that holds config.json and the weights")
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
         raise CheckpointError(f"{model} is no folder here, and no name on the hub (those look like owner/name)")
-    return _fetch(str(model))
+    return _fetch(str(model), wanted)
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, wanted: tuple[str, ...]) -> Path:
     import huggingface_hub  # slow to import, and rarely needed
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(wanted)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is no folder here, and could not be fetched from the hub ({type(error).__name__}: {error}). "
             "Check the name and the network, or name a folder."

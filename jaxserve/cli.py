@@ -1,11 +1,13 @@
 """The command line. Heavy imports wait until a command needs them, so that help is instant."""
 
+import secrets
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def main() -> None:
     try:
         app()
     except JaxserveError as error:
-        notes.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        notes.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -56,7 +58,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this mass.")] = 0.9,
     top_k: Annotated[int, typer.Option(help="Draw from this many most probable tokens; 0: all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Draw from tokens this probable, relative to the most probable.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes what is drawn repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Repeats what was drawn; without it, another each time.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")
     ] = None,
@@ -70,6 +72,7 @@ def generate(
     """
     from jaxserve.request import SamplingParams
 
+    seed = secrets.randbelow(2**32) if seed is None else seed
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -90,15 +93,16 @@ def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
     """Prints the prompt and what follows it as it comes, then how fast it was."""
     from jaxserve.stopwatch import Stopwatch
 
+    outputs = llm.stream(prompt, params)  # refuses what can't be served before anything is shown
     watch = Stopwatch()
     sys.stdout.write(prompt)
     sys.stdout.flush()
-    for output in llm.stream(prompt, params):
+    for output in outputs:
         watch.count(len(output.token_ids))
         sys.stdout.write(output.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    notes.print(f"\n[dim]{watch.summary(llm)}[/]", highlight=False)
+    notes.print(f"\n[dim]{watch.summary(llm)} | seed {params.seed}[/]", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -127,7 +131,7 @@ def info(
     from jaxserve.layers.config import Config
     from jaxserve.llm import resolve_dtype
 
-    folder = locate(model)
+    folder = locate(model, wanted=("config.json",))
     raw = read_json(folder)
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
     console = Console()

@@ -1,9 +1,12 @@
 """The Python API: load a model, continue prompts."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence, Set
+from numbers import Integral
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +16,14 @@ from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache
 from jaxserve.engine import Engine, EngineConfig
 from jaxserve.layers.config import Config
-from jaxserve.parallel.errors import ConfigError, JaxserveError, RequestError
+from jaxserve.parallel.errors import CheckpointError, ConfigError, JaxserveError, RequestError
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or vLLM's `{"prompt": text}` and `{"prompt_token_ids": ids}`."""
 Message = Mapping[str, Any]
 
 
@@ -52,68 +56,112 @@ class LLM:
         enable_cache()
         folder = locate(model)
         self.tokenizer = Tokenizer.from_folder(folder)
-        cfg, weights = load(folder, resolve_dtype(dtype, hf.read_json(folder)), progress)
+        raw = hf.read_json(folder)
+        _check_vocabulary(self.tokenizer, Config.from_hf(raw), folder)
+        cfg, weights = load(folder, resolve_dtype(dtype, raw), progress)
         options = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len, seed=seed)
         self.engine = Engine(weights, cfg, self.tokenizer, options)
         self._ids = itertools.count()
+        self._inboxes: dict[str, deque[Output]] = {}
+        self._lock = threading.Lock()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
 
-        `params` are for all prompts, or one for each. Raises RequestError, and generates nothing, if any can't be
-        served.
+        `sampling_params` are for all prompts, or one for each. Raises RequestError, and generates nothing, if any can't
+        be served.
         """
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, sampling_params)
         results = {r.id: _empty_result(r) for r in requests}
         for output in self._run(requests):
             _extend(results[output.request_id], output)
         return list(results.values())
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[Output]:
         """Like `generate`, but yields what each step adds to an answer, as it comes."""
-        return self._run(self._requests(prompts, params))
+        return self._run(self._requests(prompts, sampling_params))
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any) -> RequestOutput:
+    def chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template: Any
+    ) -> list[RequestOutput]:
         """Answers a conversation, rendered by the model's own chat template; `template` is passed on to it."""
-        return self.generate([self.tokenizer.apply_chat_template(messages, **template)], params)[0]
+        return self.generate([self.tokenizer.apply_chat_template(messages, **template)], sampling_params)
 
-    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Any) -> list[Request]:
-        if isinstance(prompts, str) or (prompts and all(isinstance(t, int) for t in prompts)):
-            prompts = [cast(Prompt, prompts)]
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else params
-        if len(each) != len(prompts):
+    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+        several = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes) else [prompts]
+        if several and all(_is_token(t) for t in several):
+            several = [several]
+        each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else params
+        wrong = next((p for p in each if not isinstance(p, SamplingParams)), None)
+        if wrong is not None:
+            raise RequestError(f"sampling_params must be SamplingParams, or one for each prompt; got {wrong!r}")
+        if len(each) != len(several):
             raise RequestError(
-                f"{len(prompts)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
+                f"{len(several)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
             )
-        return [self._request(cast(Prompt, prompt), p) for prompt, p in zip(prompts, each, strict=True)]
+        return [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Any, params: SamplingParams) -> Request:
+        if isinstance(prompt, Mapping) and len(prompt) == 1:
+            prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif (
+            hasattr(prompt, "__iter__")
+            and not isinstance(prompt, bytes | Mapping | Set)
+            and all(map(_is_token, prompt))
+        ):
+            ids = prompt
+        else:
+            raise RequestError(
+                f"a prompt must be text, token ids, {{'prompt': text}} or {{'prompt_token_ids': ids}}; got {prompt!r}"
+            )
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        request = Request(str(next(self._ids)), tuple(ids), params, text)
+        request = Request(str(next(self._ids)), tuple(map(int, ids)), params, text)
         self.engine.check(request)
         return request
 
     def _run(self, requests: list[Request]) -> Iterator[Output]:
         """Steps until all are answered; those that are not, because the caller went away, are aborted."""
+        inbox: deque[Output] = deque()
         running = {request.id for request in requests}
         try:
-            for request in requests:
-                self.engine.add(request)
+            with self._lock:
+                for request in requests:
+                    self._inboxes[request.id] = inbox
+                    self.engine.add(request)
             while running:
-                for output in self.engine.step():
-                    if output.finish_reason:
-                        running.discard(output.request_id)
-                    if output.finish_reason == "error":
-                        raise JaxserveError(f"request {output.request_id}: {output.stop_reason}")
-                    yield output
+                output = self._next(inbox)
+                if output.finish_reason:
+                    running.discard(output.request_id)
+                if output.finish_reason == "error":
+                    raise JaxserveError(f"request {output.request_id}: {output.stop_reason}")
+                yield output
         finally:
-            for request_id in running:
-                self.engine.abort(request_id)
+            with self._lock:
+                for request in requests:
+                    self._inboxes.pop(request.id, None)
+                    self.engine.abort(request.id)
+
+    def _next(self, inbox: deque[Output]) -> Output:
+        """The next output for one caller. Whoever waits makes a step for all: callers may be threads or take turns."""
+        with self._lock:
+            while not inbox:
+                for output in self.engine.step():
+                    self._inboxes[output.request_id].append(output)
+            return inbox.popleft()
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def load(folder: Path, dtype: Any, progress: hf.Progress | None = None) -> tuple[Config, Any]:
@@ -121,6 +169,15 @@ def load(folder: Path, dtype: Any, progress: hf.Progress | None = None) -> tuple
     if store.is_store(folder):
         return store.restore(folder, dtype)
     return hf.load(folder, dtype, progress=progress)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json has a vocab_size of "
+            f"{cfg.vocab_size}; "
+            "they are not of the same model, fetch both again"
+        )
 
 
 def resolve_dtype(dtype: str, raw: Mapping[str, Any]) -> Any:

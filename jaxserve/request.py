@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxserve.parallel.errors import RequestError
 
@@ -21,7 +21,7 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    top_k: int = 0  # the k most probable tokens; 0: all
+    top_k: int = 0  # the k most probable tokens; 0 or -1: all
     top_p: float = 1.0  # the most probable tokens that together reach this mass
     min_p: float = 0.0  # tokens at least this probable, relative to the most probable
     seed: int | None = None
@@ -33,15 +33,17 @@ class SamplingParams:
     logprobs: int | None = None  # report the sampled token's log-probability, and those of this many most probable
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop))
+        object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids))
         for name, ok, rule in self._rules():
             if not ok:
                 raise RequestError(f"{name} = {getattr(self, name)!r}: it must be {rule}")
 
     def _rules(self):
-        yield "temperature", _number(self.temperature) and 0 <= self.temperature, "a finite number, 0 or more"
-        yield "top_k", _whole(self.top_k) and 0 <= self.top_k, "a whole number, 0 (off) or more"
+        warm = _number(self.temperature) and 0 <= self.temperature <= 1e6
+        yield "temperature", warm, "a finite number, 0 or more (1e6 at most)"
+        few = _whole(self.top_k) and -1 <= self.top_k < 2**31
+        yield "top_k", few, "a whole number, 0 (off) or more; -1 is off too"
         yield "top_p", _number(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"
         yield "min_p", _number(self.min_p) and 0 <= self.min_p <= 1, "from 0 to 1"
         yield (
@@ -56,6 +58,12 @@ class SamplingParams:
         yield "min_tokens", fits, f"from 0 to max_tokens ({self.max_tokens})"
         within = self.logprobs is None or (_whole(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
         yield "logprobs", within, f"from 0 to {MAX_LOGPROBS}, or None"
+
+
+def _tuple(name: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, bytes) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} = {value!r}: it must be a list")
+    return tuple(value)
 
 
 def _number(value: object) -> bool:

@@ -273,10 +273,28 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for key, allowed in _ONLY.items():
         if key in raw and raw[key] not in allowed:
             raise ConfigError(f"{key} = {raw[key]!r} is not supported; supported: {', '.join(map(repr, allowed))}")
+    for key, value in raw.items():
+        if key.endswith(_NUMBERS) and not isinstance(value, int | float | None):
+            raise ConfigError(f"{key} = {value!r} is not a number")
     kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
     if kinds:
         raise ConfigError(f"layer_types {sorted(kinds)} are not supported; supported: 'full_attention'")
 
+
+_NUMBERS = (
+    "_size",
+    "_dim",
+    "_rank",
+    "_heads",
+    "hidden_layers",
+    "_experts",
+    "_tok",
+    "_eps",
+    "_factor",
+    "_theta",
+    "_embeddings",
+)
+"""Endings of keys that hold numbers; `tie_word_embeddings` ends so too, and a bool is an int."""
 
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),

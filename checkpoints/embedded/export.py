@@ -22,7 +22,7 @@ from jaxserve.layers.transformer import Model, model_params
 from jaxserve.parallel.errors import CheckpointError
 from jaxserve.parallel.sharding import abstract
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """The model continues code and was taught no conversation: its chat is what was said, to be continued."""
 
 

@@ -1,4 +1,8 @@
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxserve import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
@@ -82,7 +86,8 @@ def test_logprobs_come_with_every_token(llm):
 
 
 def test_chat_renders_the_model_s_template(llm):
-    result = llm.chat([{"role": "user", "content": "def add(a, b):"}], GREEDY)
+    (result,) = llm.chat([{"role": "user", "content": "def add(a, b):"}], GREEDY)
+    assert result.prompt_token_ids[0] == llm.tokenizer.bos_id
     assert result.outputs[0].text
     with pytest.raises(RequestError, match="messages"):
         llm.chat([], GREEDY)
@@ -121,3 +126,38 @@ def test_sixteen_bits_work_on_cpu():
 def test_a_checkpoint_without_a_tokenizer_says_so():
     with pytest.raises(CheckpointError, match="tokenizer.json"):
         LLM(GOLDENS / "qwen3")
+
+
+def test_streams_that_take_turns_get_their_own_text(llm):
+    alone = [r.outputs[0].text for r in llm.generate(PROMPTS[:2], GREEDY)]
+    streams, texts = [llm.stream(p, GREEDY) for p in PROMPTS[:2]], ["", ""]
+    for pieces in zip(*streams, strict=True):
+        texts = [text + piece.text for text, piece in zip(texts, pieces, strict=True)]
+        llm.generate("x", SamplingParams(temperature=0, max_tokens=1))
+    assert texts == alone
+
+
+def test_threads_may_share_a_model(llm):
+    alone = [r.outputs[0].text for r in llm.generate(PROMPTS, GREEDY)]
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lambda p: llm.generate(p, GREEDY)[0].outputs[0].text, PROMPTS)) == alone
+
+
+def test_prompts_may_be_vllm_s_dicts_and_arrays(llm):
+    ids = llm.tokenizer.encode(PROMPTS[0])
+    prompts = [{"prompt": PROMPTS[0]}, {"prompt_token_ids": ids}, np.array(ids)]
+    assert len({r.outputs[0].text for r in llm.generate(prompts, GREEDY)}) == 1
+
+
+@pytest.mark.parametrize("prompt", [None, 5.0, b"abc", {1, 2}, [1.0], [True], {"text": "x"}, {"prompt": 3}, [None]])
+def test_what_is_no_prompt_is_refused(llm, prompt):
+    with pytest.raises(RequestError, match="a prompt must be text, token ids"):
+        llm.generate([prompt], GREEDY)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDENS / "qwen3" / name, tmp_path)
+    shutil.copy(EMBEDDED / "tokenizer.json", tmp_path)
+    with pytest.raises(CheckpointError, match="tokenizer.json has 4096 tokens, config.json has a vocab_size of 97"):
+        LLM(tmp_path)
