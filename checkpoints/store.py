@@ -26,7 +26,7 @@ MANIFEST = "weights.json"
 
 def is_store(folder: Path) -> bool:
     """Whether the folder was written by `save`."""
-    return (folder / WEIGHTS).is_dir()
+    return (folder / MANIFEST).is_file()
 
 
 def save(folder: Path, model: Model, beside: Path) -> None:

@@ -239,6 +239,10 @@ def _rope(raw: Mapping[str, Any], dim: int, interleaved: bool) -> tuple[Rope, fl
     scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta") or raw["rope_theta"])
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if scaling.get("partial_rotary_factor", 1) != 1:
+        raise ConfigError(
+            f"partial_rotary_factor = {scaling['partial_rotary_factor']!r} is not supported; supported: 1"
+        )
     if kind == "default":
         return Rope(dim, theta, interleaved), 1.0
     if kind != "yarn":

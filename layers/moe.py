@@ -73,7 +73,8 @@ def route(p: Moe, x_td: Float[Array, "t d"], cfg: Experts) -> Routing:
     Experts outside the best groups can't be chosen: they get -inf, as in DeepSeek's own code. (Hugging Face gives them
     0, which differs when the biased scores of a chosen group are negative.)
     """
-    logits_te = jnp.einsum("td,ed->te", x_td.astype(jnp.float32), p.w_router.astype(jnp.float32))
+    exact = jax.lax.Precision.HIGHEST  # other backends would round float32 first, and choose other experts
+    logits_te = jnp.einsum("td,ed->te", x_td.astype(jnp.float32), p.w_router.astype(jnp.float32), precision=exact)
     scores_te = jax.nn.sigmoid(logits_te) if cfg.router == "sigmoid" else jax.nn.softmax(logits_te, axis=-1)
     choice_te = scores_te if p.bias is None else scores_te + p.bias[None]
     if cfg.groups > 1:
