@@ -91,8 +91,6 @@ class Config:
     max_positions: int
     tied_embeddings: bool
     mtp_layers: int = 0
-    dtype: str = "bfloat16"  # of the checkpoint
-    bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
     @property
@@ -213,8 +211,6 @@ def _config(raw: Mapping[str, Any], **parts: Any) -> Config:
         norm_eps=raw["rms_norm_eps"],
         max_positions=raw["max_position_embeddings"],
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
-        bos_id=raw.get("bos_token_id"),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         **parts,
     )
