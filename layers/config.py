@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxserve.layers.keys import Keys
 from jaxserve.parallel.errors import ConfigError
 
 
@@ -101,21 +102,19 @@ class Config:
     def from_hf(cls, raw: Mapping[str, Any]) -> "Config":
         """Reads the content of `config.json`, in the spelling of transformers 4 or 5.
 
-        Raises ConfigError that names the key that is missing, contradictory or not supported.
+        Raises ConfigError that names the key that is missing, of a wrong value, contradictory or not supported.
         """
         kind = raw.get("model_type")
-        if kind not in _FAMILIES:
+        if not isinstance(kind, str) or kind not in _FAMILIES:
             raise ConfigError(
                 f"model_type {kind!r} (architectures {raw.get('architectures')}) is not supported; "
                 f"supported: {', '.join(sorted(_FAMILIES))}"
             )
-        _refuse_unsupported(raw)
-        try:
-            return _FAMILIES[kind](raw)
-        except KeyError as error:
-            raise ConfigError(f"config.json lacks {error.args[0]!r}, which model_type {kind!r} needs") from None
-        except TypeError as error:
-            raise ConfigError(f"config.json has a value of the wrong type: {error}") from None
+        keys, (read, architecture) = Keys(raw, f"model_type {kind!r}"), _FAMILIES[kind]
+        keys.only("architectures", [architecture])
+        for key, supported in _ONLY.items():
+            keys.only(key, supported)
+        return read(keys)
 
     @classmethod
     def tiny(cls, family: str, **changes: Any) -> "Config":
@@ -123,143 +122,173 @@ class Config:
         return cls.from_hf(TINY[family] | changes)
 
 
-def _deepseek(raw: Mapping[str, Any]) -> Config:
-    n, r, heads = raw["qk_nope_head_dim"], raw["qk_rope_head_dim"], raw["num_attention_heads"]
-    rope, yarn_scale = _rope(raw, r, interleaved=raw.get("rope_interleave", True))
+def _deepseek(keys: Keys) -> Config:
+    n, r = keys.whole("qk_nope_head_dim"), keys.whole("qk_rope_head_dim")
+    rope, yarn_scale = _rope(keys, "qk_rope_head_dim", r, interleaved=keys.flag("rope_interleave", default=True))
     attention = LatentAttention(
-        heads=heads,
+        heads=keys.whole("num_attention_heads"),
         nope_dim=n,
         rope_dim=r,
-        value_dim=raw["v_head_dim"],
-        kv_rank=raw["kv_lora_rank"],
-        query_rank=raw.get("q_lora_rank") or None,
+        value_dim=keys.whole("v_head_dim"),
+        kv_rank=keys.whole("kv_lora_rank"),
+        query_rank=keys.whole("q_lora_rank", default=0, at_least=0) or None,
         scale=(n + r) ** -0.5 * yarn_scale,
     )
-    layers, first, every = raw["num_hidden_layers"], raw["first_k_dense_replace"], raw.get("moe_layer_freq", 1)
-    is_moe = tuple(i >= first and i % every == 0 and bool(raw.get("n_routed_experts")) for i in range(layers))
+    first, every = keys.whole("first_k_dense_replace", at_least=0), keys.whole("moe_layer_freq", default=1)
+    mixed = keys.whole("n_routed_experts", default=0, at_least=0) > 0
+    is_moe = tuple(mixed and i >= first and i % every == 0 for i in range(_layers(keys)))
     return _config(
-        raw,
+        keys,
         attention=attention,
         rope=rope,
         is_moe=is_moe,
-        experts=_deepseek_experts(raw) if any(is_moe) else None,
-        mtp_layers=raw.get("num_nextn_predict_layers") or 0,
+        experts=_deepseek_experts(keys) if any(is_moe) else None,
+        mtp_layers=keys.whole("num_nextn_predict_layers", default=0, at_least=0, at_most=_MOST_LAYERS),
     )
 
 
-def _deepseek_experts(raw: Mapping[str, Any]) -> Experts:
-    default = ("sigmoid", "noaux_tc") if raw["model_type"] != "deepseek_v2" else ("softmax", "greedy")
-    method = (raw.get("scoring_func", default[0]), raw.get("topk_method", default[1]))
+def _deepseek_experts(keys: Keys) -> Experts:
+    default = ("sigmoid", "noaux_tc") if keys.raw["model_type"] != "deepseek_v2" else ("softmax", "greedy")
+    method = (keys.get("scoring_func", default[0]), keys.get("topk_method", default[1]))
     if method not in _DEEPSEEK_ROUTERS:
         raise ConfigError(
-            f"scoring_func {method[0]!r} with topk_method {method[1]!r} is not supported; "
+            f"config.json: scoring_func {method[0]!r} with topk_method {method[1]!r} is not supported; "
             f"supported: {', '.join(f'{s} with {t}' for s, t in _DEEPSEEK_ROUTERS)}"
         )
     grouped = method[1] != "greedy"
-    normalize = bool(raw["norm_topk_prob"])
+    normalize = keys.flag("norm_topk_prob")
     if normalize and method[0] == "softmax":  # published implementations disagree on what it means
-        raise ConfigError("norm_topk_prob = True with scoring_func 'softmax' is not supported; supported: False")
+        raise keys.wrong("norm_topk_prob", "it is not supported with scoring_func 'softmax'; supported: False")
+    width = keys.whole("moe_intermediate_size")
     experts = Experts(
-        count=raw["n_routed_experts"],
-        per_token=raw["num_experts_per_tok"],
-        width=raw["moe_intermediate_size"],
-        shared_width=raw["moe_intermediate_size"] * (raw.get("n_shared_experts") or 0),
+        count=keys.whole("n_routed_experts"),
+        per_token=keys.whole("num_experts_per_tok"),
+        width=width,
+        shared_width=width * keys.whole("n_shared_experts", default=0, at_least=0),
         router=method[0],
-        groups=raw["n_group"] if grouped else 1,
-        groups_per_token=raw["topk_group"] if grouped else 1,
+        groups=keys.whole("n_group") if grouped else 1,
+        groups_per_token=keys.whole("topk_group") if grouped else 1,
         normalize=normalize,
-        weight_scale=float(raw["routed_scaling_factor"]),
+        weight_scale=keys.number("routed_scaling_factor"),
     )
     return _checked(experts)
 
 
-def _qwen3(raw: Mapping[str, Any]) -> Config:
-    heads = raw["num_attention_heads"]
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    rope, _ = _rope(raw, head_dim, interleaved=False)
-    attention = GroupedAttention(heads, raw["num_key_value_heads"], head_dim, head_dim**-0.5)
-    if heads % attention.kv_heads:
-        raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {attention.kv_heads}")
-    layers, experts = raw["num_hidden_layers"], None
-    is_moe = (False,) * layers
-    if raw["model_type"] == "qwen3_moe":
-        every, dense = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
-        is_moe = tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
-        experts = _checked(
-            Experts(
-                count=raw["num_local_experts"] if "num_local_experts" in raw else raw["num_experts"],
-                per_token=raw["num_experts_per_tok"],
-                width=raw["moe_intermediate_size"],
-                shared_width=0,
-                router="softmax",
-                groups=1,
-                groups_per_token=1,
-                normalize=bool(raw["norm_topk_prob"]),
-                weight_scale=1.0,
-            )
-        )
-    return _config(raw, attention=attention, rope=rope, is_moe=is_moe, experts=experts)
+def _qwen3(keys: Keys) -> Config:
+    heads, kv_heads = keys.whole("num_attention_heads"), keys.whole("num_key_value_heads")
+    if heads % kv_heads:
+        raise keys.wrong("num_attention_heads", f"it must be a multiple of num_key_value_heads, {kv_heads}")
+    width = keys.whole("hidden_size")
+    if "head_dim" not in keys and width % heads:
+        raise keys.wrong("hidden_size", f"without head_dim it must be a multiple of num_attention_heads, {heads}")
+    head_dim = keys.whole("head_dim", default=width // heads)
+    rope, _ = _rope(keys, "head_dim", head_dim, interleaved=False)
+    is_moe = (False,) * _layers(keys)
+    if keys.raw["model_type"] == "qwen3_moe":
+        every, dense = keys.whole("decoder_sparse_step", default=1), keys.wholes("mlp_only_layers")
+        is_moe = tuple(i not in dense and (i + 1) % every == 0 for i in range(len(is_moe)))
+    return _config(
+        keys,
+        attention=GroupedAttention(heads, kv_heads, head_dim, head_dim**-0.5),
+        rope=rope,
+        is_moe=is_moe,
+        experts=_qwen3_experts(keys) if any(is_moe) else None,
+    )
 
 
-def _config(raw: Mapping[str, Any], **parts: Any) -> Config:
-    eos = raw.get("eos_token_id")
+def _qwen3_experts(keys: Keys) -> Experts:
+    experts = Experts(
+        count=keys.whole("num_local_experts" if "num_local_experts" in keys else "num_experts"),
+        per_token=keys.whole("num_experts_per_tok"),
+        width=keys.whole("moe_intermediate_size"),
+        shared_width=0,
+        router="softmax",
+        groups=1,
+        groups_per_token=1,
+        normalize=keys.flag("norm_topk_prob"),
+        weight_scale=1.0,
+    )
+    return _checked(experts)
+
+
+def _config(keys: Keys, is_moe: tuple[bool, ...], **parts: Any) -> Config:
+    if keys.get("layer_types", ["full_attention"] * len(is_moe)) != ["full_attention"] * len(is_moe):
+        raise keys.wrong("layer_types", f"supported: 'full_attention' for each of the {len(is_moe)} layers")
     return Config(
-        model_type=raw["model_type"],
-        vocab_size=raw["vocab_size"],
-        width=raw["hidden_size"],
-        dense_width=raw["intermediate_size"],
-        norm_eps=raw["rms_norm_eps"],
-        max_positions=raw["max_position_embeddings"],
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        model_type=keys.raw["model_type"],
+        vocab_size=keys.whole("vocab_size"),
+        width=keys.whole("hidden_size"),
+        dense_width=keys.whole("intermediate_size"),
+        is_moe=is_moe,
+        norm_eps=keys.number("rms_norm_eps"),
+        max_positions=keys.whole("max_position_embeddings"),
+        tied_embeddings=keys.flag("tie_word_embeddings", default=False),
+        eos_ids=keys.wholes("eos_token_id", or_one=True),
         **parts,
     )
+
+
+def _layers(keys: Keys) -> int:
+    return keys.whole("num_hidden_layers", at_most=_MOST_LAYERS)
 
 
 def _checked(experts: Experts) -> Experts:
     """Refuses a router that could not choose: every number it divides or limits by must fit."""
     count, groups, limit, chosen = experts.count, experts.groups, experts.groups_per_token, experts.per_token
-    if count % groups or not 1 <= limit <= groups:
+    if count % groups or limit > groups:
         raise ConfigError(f"{count} experts cannot be split into n_group {groups} of which topk_group {limit} are used")
-    if not 1 <= chosen <= count // groups * limit:
-        raise ConfigError(
-            f"num_experts_per_tok {chosen} exceeds the {count // groups * limit} experts a token may choose from"
-        )
+    choice = count // groups * limit
+    if chosen > choice:
+        raise ConfigError(f"num_experts_per_tok {chosen} exceeds the {choice} experts a token may choose from")
     return experts
 
 
-def _rope(raw: Mapping[str, Any], dim: int, interleaved: bool) -> tuple[Rope, float]:
+def _rope(keys: Keys, key: str, dim: int, interleaved: bool) -> tuple[Rope, float]:
     """The rotary embedding, and the factor YaRN puts on latent attention's logits (DeepSeek's `mscale_all_dim`)."""
     if dim % 2:
-        raise ConfigError(f"the rotary embedding needs an even number of dimensions, config.json has {dim}")
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or raw["rope_theta"])
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if scaling.get("partial_rotary_factor", 1) != 1:
-        raise ConfigError(
-            f"partial_rotary_factor = {scaling['partial_rotary_factor']!r} is not supported; supported: 1"
-        )
+        raise ConfigError(f"the rotary embedding needs an even number of dimensions, config.json has {key} {dim}")
+    kind, scaling = _scaling(keys)
+    theta = (scaling if "rope_theta" in scaling else keys).number("rope_theta", above=1.0)
     if kind == "default":
         return Rope(dim, theta, interleaved), 1.0
-    if kind != "yarn":
-        raise ConfigError(f"rope_scaling type {kind!r} is not supported; supported: default, yarn")
-    all_dim = scaling.get("mscale_all_dim") or 0.0
-    yarn = Yarn(
-        factor=float(scaling["factor"]),
-        original_positions=scaling.get("original_max_position_embeddings") or raw["max_position_embeddings"],
-        beta_fast=float(scaling.get("beta_fast") or 32.0),
-        beta_slow=float(scaling.get("beta_slow") or 1.0),
-        truncate=scaling.get("truncate", True),
-        magnitude=_cos_sin_magnitude(scaling),
-    )
-    return Rope(dim, theta, interleaved, yarn), _yarn_magnitude(float(scaling["factor"]), all_dim) ** 2
+    yarn = _yarn(scaling, positions=keys.whole("max_position_embeddings"))
+    all_dim = scaling.number("mscale_all_dim", default=0.0, at_least=0.0)
+    return Rope(dim, theta, interleaved, yarn), _yarn_magnitude(yarn.factor, all_dim) ** 2
 
 
-def _cos_sin_magnitude(scaling: Mapping[str, Any]) -> float:
+def _scaling(keys: Keys) -> tuple[str, Keys]:
+    """The type and the keys of `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
+    new, old = keys.inner("rope_parameters", "YaRN"), keys.inner("rope_scaling", "YaRN")
+    if new.raw and old.raw and new.raw != old.raw:
+        raise keys.wrong("rope_parameters", f"rope_scaling is not the same, {old.raw}; keep the one that holds")
+    scaling = new if new.raw else old
+    for key in ("rope_type", "type"):
+        scaling.only(key, "default", "yarn")
+    scaling.only("partial_rotary_factor", 1)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    for key in scaling.raw:
+        if key in scaling and key not in _ROPE_KEYS[kind]:
+            raise scaling.wrong(key, f"no key of rope_type {kind!r}; supported: {', '.join(_ROPE_KEYS[kind])}")
+    return kind, scaling
+
+
+def _yarn(scaling: Keys, positions: int) -> Yarn:
+    factor = scaling.number("factor", at_least=1.0)
+    fast, slow = scaling.number("beta_fast", default=32.0), scaling.number("beta_slow", default=1.0)
+    if fast < slow:
+        raise scaling.wrong("beta_fast", f"it must be {slow:g} or more, as beta_slow is")
+    positions = scaling.whole("original_max_position_embeddings", default=positions)
+    truncate = scaling.flag("truncate", default=True)
+    return Yarn(factor, positions, fast, slow, truncate, magnitude=_cos_sin_magnitude(scaling, factor))
+
+
+def _cos_sin_magnitude(scaling: Keys, factor: float) -> float:
     """YaRN's attention factor (arXiv:2309.00071, section 3.4), or DeepSeek's ratio of its two `mscale`."""
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    factor, mscale, all_dim = float(scaling["factor"]), scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if "attention_factor" in scaling:
+        return scaling.number("attention_factor")
+    mscale, all_dim = (scaling.number(key, default=0.0, at_least=0.0) for key in ("mscale", "mscale_all_dim"))
+    if bool(mscale) != bool(all_dim) and mscale != 1:  # published implementations disagree on what it means
+        raise scaling.wrong("mscale", f"with mscale_all_dim {all_dim:g} it is not supported; give both or neither")
     if mscale and all_dim:
         return _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, all_dim)
     return _yarn_magnitude(factor, 1.0)
@@ -269,52 +298,33 @@ def _yarn_magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    for key, allowed in _ONLY.items():
-        if key in raw and raw[key] not in allowed:
-            raise ConfigError(f"{key} = {raw[key]!r} is not supported; supported: {', '.join(map(repr, allowed))}")
-    for key, value in raw.items():
-        if key.endswith(_NUMBERS) and not isinstance(value, int | float | None):
-            raise ConfigError(f"{key} = {value!r} is not a number")
-    kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise ConfigError(f"layer_types {sorted(kinds)} are not supported; supported: 'full_attention'")
+_MOST_LAYERS = 10_000  # no model has as many, and a typing error shall not fill the memory
 
+_PLAIN = "rope_type type rope_theta partial_rotary_factor"
+_YARN = "factor original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim truncate"
+_ROPE_KEYS = {"default": _PLAIN.split(), "yarn": f"{_PLAIN} {_YARN}".split()}
+"""Keys of `rope_parameters`, by its `rope_type`."""
 
-_NUMBERS = (
-    "_size",
-    "_dim",
-    "_rank",
-    "_heads",
-    "hidden_layers",
-    "_experts",
-    "_tok",
-    "_eps",
-    "_factor",
-    "_theta",
-    "_embeddings",
-)
-"""Endings of keys that hold numbers; `tie_word_embeddings` ends so too, and a bool is an int."""
-
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1, None),
-    "pretraining_tp": (1, None),
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1,
+    "pretraining_tp": 1,
 }
-"""Keys that change what a model computes, with the values for which it is computed here."""
+"""Keys that change what a model computes, with the value for which it is computed here."""
 
 _DEEPSEEK_ROUTERS = (("sigmoid", "noaux_tc"), ("softmax", "greedy"), ("softmax", "group_limited_greedy"))
 
 _FAMILIES = {
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
-    "kimi_k2": _deepseek,
-    "qwen3": _qwen3,
-    "qwen3_moe": _qwen3,
+    "deepseek_v2": (_deepseek, "DeepseekV2ForCausalLM"),
+    "deepseek_v3": (_deepseek, "DeepseekV3ForCausalLM"),
+    "kimi_k2": (_deepseek, "DeepseekV3ForCausalLM"),
+    "qwen3": (_qwen3, "Qwen3ForCausalLM"),
+    "qwen3_moe": (_qwen3, "Qwen3MoeForCausalLM"),
 }
+"""How each `model_type` is read, and the one of its `architectures` that is a causal language model."""
 
 _TINY_COMMON: dict[str, Any] = {
     "vocab_size": 97,

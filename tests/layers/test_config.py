@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxserve.layers.config import Config, Experts, GroupedAttention, LatentAttention, Rope, Yarn
 from jaxserve.layers.transformer import model_params
@@ -121,6 +123,17 @@ def test_the_end_of_text_is_a_token_several_or_none(eos, ids):
     assert Config.tiny("qwen3", eos_token_id=eos).eos_ids == ids
 
 
+@pytest.mark.parametrize("name", ["Qwen3ForSequenceClassification", "Qwen3Model", "Qwen3MoeForCausalLM"])
+def test_an_architecture_that_is_no_causal_language_model_of_the_family_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=rf"architectures = \['{name}'\].*supported: \['Qwen3ForCausalLM'\]"):
+        Config.tiny("qwen3", architectures=[name])
+
+
+@pytest.mark.parametrize("architectures", [None, ["DeepseekV3ForCausalLM"]])
+def test_the_architecture_may_be_left_out(architectures):
+    assert Config.tiny("deepseek_v3", architectures=architectures) == Config.tiny("deepseek_v3")
+
+
 @pytest.mark.parametrize("rank", [0, None])
 def test_no_query_rank_means_no_query_compression(rank):
     att = Config.tiny("deepseek_v3", q_lora_rank=rank).attention
@@ -211,7 +224,9 @@ _DEEPSEEK = (
 )
 NEEDED = [(family, key) for family in ("deepseek_v2", "deepseek_v3") for key in f"{_COMMON} {_DEEPSEEK}".split()]
 NEEDED += [(family, key) for family in ("qwen3", "qwen3_moe") for key in f"{_COMMON} num_key_value_heads".split()]
-NEEDED += [("qwen3_moe", key) for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size")]
+NEEDED += [
+    ("qwen3_moe", key) for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+]
 
 
 @pytest.mark.parametrize(("family", "key"), NEEDED)
@@ -230,15 +245,14 @@ def test_yarn_without_its_factor_is_named():
     [
         ("deepseek_v3", {"n_group": 3}, "8 experts .*n_group 3"),
         ("deepseek_v3", {"topk_group": 5}, "n_group 4 .*topk_group 5"),
-        ("deepseek_v3", {"topk_group": 0}, "topk_group 0"),
         ("deepseek_v3", {"num_experts_per_tok": 5}, "num_experts_per_tok 5 exceeds the 4"),
-        ("deepseek_v3", {"num_experts_per_tok": 0}, "num_experts_per_tok 0"),
         ("deepseek_v2", {"n_group": 16, "topk_group": 2}, "n_group 16"),
         ("deepseek_v2_lite", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds the 8"),
-        ("qwen3", {"num_key_value_heads": 3}, "num_attention_heads 4 .*num_key_value_heads 3"),
-        ("qwen3", {"head_dim": 13}, "even number of dimensions.* 13"),
-        ("deepseek_v3", {"qk_rope_head_dim": 7}, "even number of dimensions.* 7"),
+        ("qwen3", {"num_key_value_heads": 3}, "num_attention_heads = 4: .*num_key_value_heads, 3"),
+        ("qwen3", {"head_dim": None, "hidden_size": 30}, "hidden_size = 30: without head_dim .*num_attention_heads, 4"),
+        ("qwen3", {"head_dim": 13}, "even number of dimensions.* head_dim 13"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "even number of dimensions.* qk_rope_head_dim 7"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_named(family, changes, named):
@@ -249,3 +263,163 @@ def test_sizes_that_contradict_each_other_are_named(family, changes, named):
 def test_greedy_routing_ignores_groups():
     experts = Config.tiny("deepseek_v2_lite", n_group=3, topk_group=9).experts
     assert experts is not None and (experts.groups, experts.groups_per_token) == (1, 1)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+_AT_LEAST_1 = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+_AT_LEAST_1_DEEPSEEK = (
+    "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok moe_intermediate_size n_group "
+    "topk_group moe_layer_freq"
+)
+_AT_LEAST_0_DEEPSEEK = (
+    "q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts num_nextn_predict_layers eos_token_id"
+)
+_AT_LEAST_1_QWEN3 = (
+    "num_key_value_heads head_dim decoder_sparse_step num_experts num_local_experts num_experts_per_tok "
+    "moe_intermediate_size"
+)
+WHOLES = [("deepseek_v3", key, 1) for key in f"{_AT_LEAST_1} {_AT_LEAST_1_DEEPSEEK}".split()]
+WHOLES += [("deepseek_v3", key, 0) for key in _AT_LEAST_0_DEEPSEEK.split()]
+WHOLES += [("qwen3_moe", key, 1) for key in f"{_AT_LEAST_1} {_AT_LEAST_1_QWEN3}".split()]
+NUMBERS = [("deepseek_v3", key, rule) for key, rule in (("rms_norm_eps", "above 0"), ("rope_theta", "above 1"))]
+NUMBERS += [("deepseek_v3", "routed_scaling_factor", "above 0")]
+FLAGS = [("deepseek_v3", key) for key in ("norm_topk_prob", "tie_word_embeddings", "rope_interleave")]
+FLAGS += [("qwen3_moe", "norm_topk_prob"), ("qwen3_moe", "tie_word_embeddings")]
+
+
+def refusal(family: str, **changes: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        Config.tiny(family, **changes)
+    return str(error.value)
+
+
+def bad_numbers(rule: str) -> list[Any]:
+    low = float(rule.replace("above", "").replace("or more", ""))
+    return [low if "above" in rule else low - 0.5, -1, "2.0", True, [2.0], {}, math.nan, -math.inf]
+
+
+@pytest.mark.parametrize(("family", "key", "least"), WHOLES)
+def test_what_is_not_a_whole_number_of_the_range_is_refused_by_name(family, key, least):
+    for value in (least - 1, -7, 2.5, 8.0, "8", True, {}, math.nan, math.inf):
+        rule = f"it must be a whole number, {least} or more"
+        assert refusal(family, **{key: value}) == f"config.json: {key} = {value!r}: {rule}"
+    assert f"{key} = {2**31}: it must be at most" in refusal(family, **{key: 2**31})
+
+
+@pytest.mark.parametrize(("family", "key", "rule"), NUMBERS)
+def test_what_is_not_a_number_of_the_range_is_refused_by_name(family, key, rule):
+    for value in bad_numbers(rule):
+        assert refusal(family, **{key: value}) == f"config.json: {key} = {value!r}: it must be a number, {rule}"
+    for value in (math.inf, 10**400):
+        assert f"{key} = {value!r}: it must be at most" in refusal(family, **{key: value})
+
+
+@pytest.mark.parametrize(("family", "key"), FLAGS)
+def test_what_is_neither_true_nor_false_is_refused_by_name(family, key):
+    for value in (0, 1, "true", [], math.nan):
+        assert refusal(family, **{key: value}) == f"config.json: {key} = {value!r}: it must be true or false"
+
+
+@pytest.mark.parametrize(("family", "key"), NEEDED)
+def test_null_does_not_stand_for_a_key_that_is_needed(family, key):
+    assert f"config.json: {key} = None: it must be " in refusal(family, **{key: None})
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("factor", "1 or more"),
+        ("beta_fast", "above 0"),
+        ("beta_slow", "above 0"),
+        ("mscale", "0 or more"),
+        ("mscale_all_dim", "0 or more"),
+        ("attention_factor", "above 0"),
+        ("rope_theta", "above 1"),
+    ],
+)
+def test_a_number_of_yarn_out_of_its_range_is_refused_by_name(spelling, key, rule):
+    for value in bad_numbers(rule):
+        told = refusal("qwen3", **{spelling: YARN | {key: value}})
+        assert told == f"config.json, {spelling}: {key} = {value!r}: it must be a number, {rule}"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("qwen3", {"eos_token_id": [1, True]}, "eos_token_id = True: it must be a whole number, 0 or more"),
+        ("qwen3", {"eos_token_id": [[1]]}, "eos_token_id = [1]: it must be a whole number, 0 or more"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers = 1: it must be a list of whole numbers"),
+        ("qwen3_moe", {"mlp_only_layers": "01"}, "mlp_only_layers = '01': it must be a list of whole numbers"),
+        ("qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers = -1: it must be a whole number, 0 or more"),
+        ("deepseek_v3", {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000: it must be at most 10000"),
+        ("qwen3", {"hidden_act": ["silu"]}, "hidden_act = ['silu']: it is not supported; supported: silu"),
+        ("qwen3", {"architectures": "Qwen3ForCausalLM"}, "architectures = 'Qwen3ForCausalLM': it is not supported"),
+        ("qwen3", {"architectures": []}, "architectures = []: it is not supported"),
+        ("deepseek_v3", {"scoring_func": ["sigmoid"]}, "scoring_func ['sigmoid'] with topk_method 'noaux_tc' is not"),
+        ("qwen3", {"layer_types": "full_attention"}, "layer_types = 'full_attention': supported: 'full_attention' for"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: supported: 'full_attention'"),
+        ("qwen3", {"layer_types": [{}, 1, None]}, "layer_types = [{}, 1, None]: supported: 'full_attention' for each"),
+        ("qwen3", {"layer_types": 3}, "layer_types = 3: supported: 'full_attention' for each of the 3 layers"),
+        ("qwen3", {"rope_scaling": "yarn"}, "rope_scaling = 'yarn': it must be an object"),
+        ("qwen3", {"rope_scaling": []}, "rope_scaling = []: it must be an object"),
+        ("qwen3", {"rope_scaling": {"factor": 4.0}}, "rope_scaling: factor = 4.0: no key of rope_type 'default'"),
+        (
+            "qwen3",
+            {"rope_scaling": YARN | {"attn_factor": 2}},
+            "attn_factor = 2: no key of rope_type 'yarn'",
+        ),
+        ("qwen3", {"rope_scaling": YARN | {"truncate": 0}}, "rope_scaling: truncate = 0: it must be true or false"),
+        ("qwen3", {"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type = ['yarn']: it is not supported; supported"),
+        ("qwen3", {"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: it is not supported"),
+        (
+            "qwen3",
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings = 0: it must be a whole number, 1 or more",
+        ),
+        (
+            "qwen3",
+            {"rope_scaling": YARN | {"beta_fast": 0.5}},
+            "beta_fast = 0.5: it must be 1 or more, as beta_slow",
+        ),
+        ("qwen3", {"rope_scaling": YARN | {"mscale": 0.7}}, "mscale = 0.7: with mscale_all_dim 0 it is not supported"),
+        ("qwen3", {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e4}}, "rope_scaling is not the same"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused_by_name(family, changes, told):
+    assert told in refusal(family, **changes)
+
+
+def test_an_unhashable_model_type_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"model_type \['qwen3'\] .* is not supported; supported: "):
+        Config.from_hf({"model_type": ["qwen3"]})
+
+
+READ = sorted({key for family in FAMILIES for key in raw_config(family)} | {key for _, key, _ in WHOLES + NUMBERS})
+READ += "model_type architectures layer_types hidden_act attention_bias pretraining_tp use_sliding_window".split()
+READ += "eos_token_id mlp_only_layers scoring_func topk_method rope_interleave rope_scaling rope_parameters".split()
+READ_OF_ROPE = "rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings".split()
+READ_OF_ROPE += "attention_factor beta_fast beta_slow mscale mscale_all_dim truncate another".split()
+_SCALARS = st.none() | st.booleans() | st.integers(-2, 9) | st.integers() | st.floats() | st.text(max_size=3)
+JUNK = _SCALARS | st.lists(_SCALARS, max_size=3) | st.dictionaries(st.sampled_from(READ_OF_ROPE), _SCALARS, max_size=3)
+
+
+@given(st.sampled_from(FAMILIES), st.sampled_from(READ), JUNK)
+def test_any_value_of_any_key_gives_a_config_or_is_refused_on_purpose(family, key, value):
+    check_junk(family, {key: value}, key)
+
+
+@given(st.sampled_from(FAMILIES), st.sampled_from(READ_OF_ROPE), JUNK)
+def test_any_value_of_any_key_of_yarn_gives_a_config_or_is_refused_on_purpose(family, key, value):
+    check_junk(family, {"rope_scaling": YARN | {key: value}}, key)
+
+
+def check_junk(family: str, changes: dict[str, Any], key: str) -> None:
+    try:
+        cfg = Config.tiny(family, **changes)
+    except ConfigError as error:
+        contradictions = ("experts cannot be split", "experts a token may choose from")  # of several keys
+        assert any(named in str(error) for named in (key, *contradictions))
+    else:
+        assert 0 < cfg.attention.scale < math.inf and {cfg} == {cfg}
+        assert cfg.rope.yarn is None or 0 < cfg.rope.yarn.magnitude < math.inf
