@@ -95,17 +95,6 @@ class Tokenizer:
         """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`); None if there is none."""
         return self._backend.id_to_token(id)
 
-    def token_bytes(self, id: int) -> bytes:
-        """What a token adds to a text that has begun, special tokens too; of part of a character, its bytes."""
-        token = self.id_to_token(id)
-        if token is None:
-            return b""
-        if "ByteLevel" in self._decoder_kinds:
-            return _bytes(token)
-        if "ByteFallback" in self._decoder_kinds and _BYTE.fullmatch(token):
-            return bytes([int(token[3:5], 16)])
-        return _continue(self._decoder, [token]).encode()
-
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
         """For one request: its text while its ids come in."""
         return TextStream(self, skip_special_tokens)
