@@ -56,21 +56,32 @@ def choose_template(templates: Mapping[str, str], tools: Any = None) -> str:
 
 
 def render_chat(
-    template: str, messages: Any, *, tools: Any = None, add_generation_prompt: bool = True, **kwargs: Any
+    template: str,
+    messages: Any,
+    /,
+    *,
+    tools: Any = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    **variables: Any,
 ) -> str:
     """The prompt that `template` makes of `messages`, a list of `{"role": …, "content": …}`.
 
     It is, character for character, that of transformers' `apply_chat_template`. A message's content is a string, a
     list of `{"type": "text", "text": …}` (joined by newlines), or, beside `tool_calls`, None. `tools` is a list of JSON
-    schemas; `kwargs` are the template's own variables, such as `enable_thinking` and `bos_token`.
+    schemas; `variables` are the template's own, such as `enable_thinking` and `bos_token`. The prompt ends where an
+    answer begins, or, with `continue_final_message`, within the last message, for the model to go on with it.
 
     Raises RequestError if the messages are malformed or the template refuses them, CheckpointError if the template
     itself is at fault.
     """
-    variables: dict[str, Any] = {"documents": None, **kwargs, "add_generation_prompt": add_generation_prompt}
-    variables = {name: _plain(name, value) for name, value in variables.items()}
-    variables["messages"] = _checked_messages(messages)
-    variables["tools"] = _checked_tools(tools)
+    given = {"documents": None, **variables, "add_generation_prompt": add_generation_prompt}
+    given = {name: _plain(name, value) for name, value in given.items()}
+    given |= {"messages": _checked_messages(messages), "tools": _checked_tools(tools)}
+    return _render_open(template, given) if continue_final_message else _render(template, given)
+
+
+def _render(template: str, variables: dict[str, Any]) -> str:
     compiled = _compile(template)
     try:
         return compiled.render(**variables)
@@ -84,6 +95,29 @@ def render_chat(
             f"the chat template failed{_line(error)}: {type(error).__name__}: {error}. Compare the messages' fields, "
             "tools and variables with those that the template reads"
         ) from error
+
+
+_END = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks the end of the message to go on with. Its space tells whether the template trims messages."""
+
+
+def _render_open(template: str, variables: dict[str, Any]) -> str:
+    """The prompt up to where the last message ends, and without the space there if the template trims messages."""
+    if variables["add_generation_prompt"]:
+        raise RequestError(
+            "continue_final_message goes on with the last message, add_generation_prompt begins another; "
+            "give add_generation_prompt=False beside continue_final_message=True"
+        )
+    *_, last = variables["messages"]
+    if last["content"] is None:
+        raise RequestError("continue_final_message: the last message has no content to go on with; give it some")
+    last["content"] += _END
+    text, found, rest = _render(template, variables).rpartition(_END.rstrip())
+    if not found:
+        raise RequestError(
+            "continue_final_message: the chat template leaves out the end of the last message; send the prompt as text"
+        )
+    return text if rest.startswith(" ") else text.rstrip()
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:

@@ -83,12 +83,26 @@ class Tokenizer:
             ) from None
 
     def apply_chat_template(
-        self, messages: Any, *, tools: Any = None, add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: Any,
+        *,
+        tools: Any = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Ids of the prompt that the chat template makes; see `render_chat`. BOS is there if the template writes it."""
-        template = choose_template(self.chat_templates, tools)
-        variables = self.special_tokens | kwargs
-        text = render_chat(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        """Ids of the prompt that the chat template makes; see `render_chat`. BOS is there if the template writes it.
+
+        `chat_template_kwargs` are the template's own variables, such as `enable_thinking`.
+        """
+        text = render_chat(
+            choose_template(self.chat_templates, tools),
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **self.special_tokens | _own_variables(chat_template_kwargs),
+        )
         return self.encode(text, add_special_tokens=False)
 
     def id_to_token(self, id: int) -> str | None:
@@ -110,6 +124,16 @@ class Tokenizer:
                 "they are not of the same model, fetch both again"
             )
         return id
+
+
+def _own_variables(said: Any) -> dict[str, Any]:
+    """`chat_template_kwargs`, without which there are none; RequestError if it names what has an option."""
+    if not isinstance(said, Mapping | None) or not all(isinstance(name, str) for name in said or ()):
+        raise RequestError(f"chat_template_kwargs must be a dict of the template's variables; got {said!r}")
+    options = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+    if taken := sorted(options.intersection(said or ())):
+        raise RequestError(f"chat_template_kwargs has {taken[0]!r}, which is an option of its own; give it as that")
+    return dict(said or {})
 
 
 class TextStream:

@@ -98,6 +98,46 @@ def test_tools_and_variables_must_be_plain_data(kwargs, said):
         render_chat("{{ messages }}", HI, **kwargs)
 
 
+TURNS = "{% for m in messages %}<{{ m.content BODY }}>{% endfor %}{% if add_generation_prompt %}<{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("body", "content", "prompt"),
+    [
+        ("", "I say", "<hi><I say"),
+        ("", "I say ", "<hi><I say "),
+        ("", "", "<hi><"),
+        ("| trim", "I say \n", "<hi><I say"),
+        ("", [{"type": "text", "text": "I"}, {"type": "text", "text": "say"}], "<hi><I\nsay"),
+        ("", "CONTINUE_FINAL_MESSAGE_TAG x", "<hi><CONTINUE_FINAL_MESSAGE_TAG x"),
+    ],
+)
+def test_a_prompt_may_end_within_the_last_message(body, content, prompt):
+    messages = [*HI, {"role": "assistant", "content": content}]
+    before = json.dumps(messages)
+    how = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render_chat(TURNS.replace("BODY", body), messages, **how) == prompt
+    assert json.dumps(messages) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "how", "said"),
+    [
+        ("{{ messages }}", HI, {}, "add_generation_prompt begins another; give add_generation_prompt=False"),
+        ("{{ messages[0].role }}", HI, {"add_generation_prompt": False}, "leaves out the end of the last message"),
+        (
+            "{{ messages }}",
+            [{"role": "assistant", "tool_calls": [CALL]}],
+            {"add_generation_prompt": False},
+            "has no content to go on with",
+        ),
+    ],
+)
+def test_what_can_not_be_continued_is_refused(template, messages, how, said):
+    with pytest.raises(RequestError, match=f"continue_final_message.*{said}"):
+        render_chat(template, messages, continue_final_message=True, **how)
+
+
 def test_what_a_template_refuses_is_a_request_error_with_its_reason():
     with pytest.raises(RequestError, match="refuses these messages: unknown role critic"):
         render_chat(GOLDENS["deepseek"]["template"], [{"role": "critic", "content": "hi"}])

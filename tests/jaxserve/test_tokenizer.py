@@ -290,7 +290,47 @@ def test_a_chat_has_the_bos_its_template_writes_and_no_other(tmp_path):
     messages = [{"role": "user", "content": "the cat"}]
     think, cat = ids_of(tokenizer, "<think>"), tokenizer.encode("the cat", add_special_tokens=False)
     assert tokenizer.apply_chat_template(messages) == [0, *cat, *think]
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False, x="</s>") == [0, *cat, 1]
+    own = {"x": "</s>"}
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, chat_template_kwargs=own)
+    assert ids == [0, *cat, 1]
+
+
+def test_a_chat_may_go_on_with_its_last_message(tmp_path):
+    config = {"chat_template": "{% for m in messages %}{{ m.content }}</s>{% endfor %}"}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config=config))
+    messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "the</s>cat"
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    template = {"chat_template": "{{ template }}{{ messages[0].content }}"}
+    return Tokenizer.from_folder(write(tmp_path_factory.mktemp("chatty"), tokenizer_config=template))
+
+
+def test_a_misspelt_option_of_a_chat_is_no_variable_of_its_template(chatty):
+    with pytest.raises(TypeError, match="add_generation_promt"):
+        chatty.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_promt=False)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"tools": []}, "has 'tools', which is an option of its own"),
+        ({"x": 1, "messages": []}, "has 'messages', which is an option of its own"),
+        ("thinking", "must be a dict of the template's variables; got 'thinking'"),
+        ({1: 2}, "must be a dict of the template's variables"),
+    ],
+)
+def test_variables_of_a_template_are_a_dict_without_the_names_of_options(chatty, said, message):
+    with pytest.raises(RequestError, match=f"chat_template_kwargs {message}"):
+        chatty.apply_chat_template([{"role": "user", "content": "hi"}], chat_template_kwargs=said)
+
+
+def test_a_variable_of_a_template_may_have_any_other_name(chatty):
+    ids = chatty.apply_chat_template([{"role": "user", "content": "cat"}], chat_template_kwargs={"template": "the "})
+    assert chatty.decode(ids) == "the cat"
 
 
 def test_a_model_without_a_template_refuses_chats(tmp_path):
