@@ -8,6 +8,8 @@ from jaxserve.request import CompletionOutput, Logprob, RequestOutput, SamplingP
 if _TYPE_CHECKING:
     from jaxserve.llm import LLM
 
+    __version__: str
+
 __all__ = [
     "CheckpointError",
     "CompletionOutput",
@@ -19,13 +21,25 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ShardingError",
+    "__version__",
 ]
 
 
 def __getattr__(name: str):
-    """Imports `LLM`, and JAX with it, when it is first used: help and errors shouldn't wait for JAX."""
+    """Makes `LLM`, and imports JAX, and `__version__` when first used: help and errors shouldn't wait for them."""
     if name == "LLM":
         from jaxserve.llm import LLM
 
         return LLM
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("jaxserve")
+    except PackageNotFoundError:  # a checkout that is only on the path
+        return "0+unknown"

@@ -1,67 +1,110 @@
 """The command line. Heavy imports wait until a command needs them, so that help is instant."""
 
+import io
+import os
 import secrets
 import sys
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+import warnings
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+import jaxserve
+from jaxserve.parallel.errors import JaxserveError, RequestError
+from jaxserve.request import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
-    from jaxserve.request import SamplingParams
 
 app = typer.Typer(
     help="Serve mixture-of-experts language models with JAX.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # Rich's help cuts the names of options where the terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-notes = Console(stderr=True)
+notes = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
+PromptArgument = Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")]
 ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", help="Folder of a Hugging Face model, or its name on the hub (without it, the embedded one)."
     ),
 ]
+MaxTokensOption = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the most probable token; higher is more varied.")]
+TopPOption = Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this mass.")]
+TopKOption = Annotated[int, typer.Option(help="Draw from this many most probable tokens; 0: all.")]
+MinPOption = Annotated[float, typer.Option(help="Draw from tokens this probable, relative to the most probable.")]
+SeedOption = Annotated[int | None, typer.Option(help="Repeats what was drawn; without it, another each time.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
+MaxModelLenOption = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together at most; the cache has room for them.")
+]
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's own, on CPU float32.")
 ]
+VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
 
-def main() -> None:
-    """Runs a command; what is wrong with its input is told in one line, with exit status 2."""
-    from jaxserve.parallel.errors import JaxserveError
+def main() -> NoReturn:
+    """Runs a command and exits: with 130 after Ctrl-C, with 1 if its output can't be written.
 
+    What is wrong with its input is told in one line, with status 2.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    sys.unraisablehook = _end_if_interrupted
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that knows ASCII alone, say
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:
+        _fail(f"{error.format_message().rstrip('.')}; --help lists what there is", 2)
     except JaxserveError as error:
-        notes.print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error), 2)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries again to write what is left, and complains
+        _fail(str(error), 1)
 
 
-@app.callback()
-def _commands() -> None:
-    pass
+def _end_if_interrupted(unraisable: Any) -> None:
+    """Ctrl-C that falls into one of JAX's callbacks, which can't pass it on, ends the program all the same."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        return sys.__unraisablehook__(unraisable)
+    notes.show_cursor()
+    os._exit(130)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    notes.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    sys.exit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _jaxserve(context: typer.Context, version: VersionOption = False) -> None:
+    if version:
+        typer.echo(f"jaxserve {jaxserve.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    prompt: PromptArgument,
     model: ModelOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token; higher is more varied.")] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this mass.")] = 0.9,
-    top_k: Annotated[int, typer.Option(help="Draw from this many most probable tokens; 0: all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Draw from tokens this probable, relative to the most probable.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Repeats what was drawn; without it, another each time.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")
-    ] = None,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.6,
+    top_p: TopPOption = 0.9,
+    top_k: TopKOption = 0,
+    min_p: MinPOption = 0.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    max_model_len: MaxModelLenOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Continues a prompt and streams the text.
@@ -70,50 +113,61 @@ def generate(
 
     jaxserve generate -m Qwen/Qwen3-0.6B --temperature 0.7 --top-p 0.9 "The supernode"
     """
-    from jaxserve.request import SamplingParams
-
-    seed = secrets.randbelow(2**32) if seed is None else seed
+    seed, stop = secrets.randbelow(2**32) if seed is None else seed, stop or []
     params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-        stop=stop or (),
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
     )
-    with _loading() as progress:
-        from jaxserve.llm import LLM
-
-        llm = LLM(model, dtype=dtype, max_num_seqs=1, progress=progress)
-    _stream(llm, sys.stdin.read() if prompt == "-" else prompt, params)
+    _stream(_text(prompt), _load(model, dtype, max_model_len), params)
 
 
-def _stream(llm: "LLM", prompt: str, params: "SamplingParams") -> None:
-    """Prints the prompt and what follows it as it comes, then how fast it was."""
-    from jaxserve.stopwatch import Stopwatch
-
-    outputs = llm.stream(prompt, params)  # refuses what can't be served before anything is shown
-    watch = Stopwatch()
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    for output in outputs:
-        watch.count(len(output.token_ids))
-        sys.stdout.write(output.text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    notes.print(f"\n[dim]{watch.summary(llm)} | seed {params.seed}[/]", highlight=False, soft_wrap=True)
+def _text(prompt: str) -> str:
+    """The prompt, or for - all of standard input."""
+    if prompt != "-":
+        return prompt
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; pipe the prompt into it, or give it in place of -")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at {error.start}"
+        raise RequestError(f"standard input is not UTF-8 ({byte}); convert it, with iconv for example") from None
 
 
-@contextmanager
-def _loading():
-    """A progress bar of bytes loaded."""
+def _load(model: str | None, dtype: str, max_model_len: int | None) -> "LLM":
+    """Loads a model for one prompt at a time, with a bar of the bytes in place."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("[dim]{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task("loading the model", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        from jaxserve.compilation import enable_cache
+        from jaxserve.llm import LLM
+
+        if obstacle := enable_cache():
+            notes.print(f"warning: compiled programs can't be kept for the next time: {obstacle}", soft_wrap=True)
+        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        return LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, progress=progress)
+
+
+def _stream(prompt: str, llm: "LLM", params: SamplingParams) -> None:
+    """Prints the prompt and what follows it as it comes, then how fast it was."""
+    from jaxserve.stopwatch import Memory, Stopwatch
+
+    outputs = llm.stream(prompt, params)  # refuses what can't be served before anything is shown
+    watch, reason = Stopwatch(), None
+    try:
+        print(prompt, end="", flush=True)
+        for output in outputs:
+            watch.count(len(output.token_ids))
+            reason = output.finish_reason
+            print(output.text, end="", flush=True)
+    finally:
+        print(flush=True)  # also after Ctrl-C
+    if reason == "length" and watch.tokens < params.max_tokens:
+        cut = f"cut after {watch.tokens} of {params.max_tokens} tokens, for want of room; raise --max-model-len"
+        notes.print(f"\nwarning: {cut}", soft_wrap=True)
+    memory = Memory(llm.engine.weight_bytes, llm.engine.cache_bytes)
+    notes.print(f"\n{watch.summary(memory)} | seed {params.seed}", style="dim", soft_wrap=True)
 
 
 @app.command()
@@ -121,9 +175,9 @@ def info(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name; without it, the embedded model.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and cache, for the memory they take.")] = "bfloat16",
 ) -> None:
-    """Shows a model's architecture, its parameters by part, and the memory of weights and cache.
+    """Shows a model's architecture, parameters and memory.
 
-    Reads config.json alone: the weights need not be there.
+    Parameters by part, and the memory of weights and cache. Reads config.json alone: the weights need not be there.
     """
     from jaxserve.checkpoints.hf import read_json
     from jaxserve.checkpoints.hub import locate
@@ -134,18 +188,21 @@ def info(
     folder = locate(model, wanted=("config.json",))
     raw = read_json(folder)
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
-    console = Console()
-    for title, rows in (
-        (f"{cfg.model_type}  {folder}", architecture(cfg)),
-        ("parameters", parts(cfg)),
-        (f"memory in {kind}", memory(cfg, kind)),
-    ):
-        table = Table(
-            title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)
-        )
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, "")
+    _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")
+    _print_table("parameters", parts(cfg), "right")
+    _print_table(f"memory in {kind}", memory(cfg, kind), "right")
+
+
+def _print_table(title: str, rows: list[tuple[str, str]], justify: Literal["left", "right"]) -> None:
+    """Names and values; what is too wide for the terminal goes on in the next line."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 0, 0, 2))
+    table.add_column(overflow="fold")
+    table.add_column(justify=justify, overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(table, "")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def parts(cfg: Config) -> list[Row]:
     rows["routers and norms"] = total - sum(rows.values())
     idle = experts * (1 - cfg.experts.per_token / cfg.experts.count) if cfg.experts else 0
     active = total - rows["MTP"] - int(idle)
-    shown = [(name, f"{n:>18,}") for name, n in rows.items() if n]
-    return [*shown, ("total", f"{total:>18,}"), ("used by a token, without MTP", f"{active:>18,}")]
+    shown = [(name, f"{n:,}") for name, n in rows.items() if n]
+    return [*shown, ("total", f"{total:,}"), ("used by a token, without MTP", f"{active:,}")]
 
 
 def memory(cfg: Config, dtype: Any) -> list[Row]:

@@ -3,37 +3,51 @@
 import resource
 import sys
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
-from jaxserve.llm import LLM
+
+class Memory(NamedTuple):
+    """What a model takes of its device, in bytes."""
+
+    weights: int
+    cache: int
 
 
 class Stopwatch:
     """Counts the tokens of an answer; starts when it is made."""
 
-    def __init__(self):
-        self._start = time.perf_counter()
-        self._first: float | None = None
-        self._last = self._start
-        self._tokens = 0
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        """`clock` tells the time in seconds."""
+        self.tokens = 0
+        self._clock = clock
+        self._start = self._first = self._last = clock()
+        self._at_first = 0  # tokens that came first, together
 
     def count(self, tokens: int) -> None:
-        """Notes that tokens have come."""
-        self._last = time.perf_counter()
-        if self._first is None and tokens:
-            self._first = self._last
-        self._tokens += tokens
+        """Notes that tokens have come; text may come without."""
+        if not tokens:
+            return
+        self._last = self._clock()
+        if not self.tokens:
+            self._first, self._at_first = self._last, tokens
+        self.tokens += tokens
 
-    def summary(self, llm: LLM) -> str:
-        """Time to first token, tokens per second after it, and memory."""
-        first = (self._first or self._last) - self._start
-        rate = (self._tokens - 1) / (self._last - self._start - first) if self._tokens > 1 else 0.0
-        return (
-            f"{self._tokens} tokens | first after {first:.2f} s | then {rate:.1f} tokens/s | "
-            f"{mebibytes(llm.engine.weight_bytes)} weights, {mebibytes(llm.engine.cache_bytes)} cache, "
-            f"{mebibytes(peak_bytes())} in all"
-        )
+    def speed(self) -> str:
+        """Tokens, time to the first, tokens per second after it; each only if there is such a thing."""
+        facts = [f"{self.tokens} tokens"]
+        if self.tokens:
+            facts.append(f"first after {self._first - self._start:.2f} s")
+        if self._last > self._first:
+            facts.append(f"then {(self.tokens - self._at_first) / (self._last - self._first):.1f} tokens/s")
+        return " | ".join(facts)
+
+    def summary(self, memory: Memory) -> str:
+        """Speed and memory."""
+        took = f"{mebibytes(memory.weights)} weights, {mebibytes(memory.cache)} cache, {mebibytes(peak_bytes())} in all"
+        return f"{self.speed()} | {took}"
 
 
 def peak_bytes() -> int:

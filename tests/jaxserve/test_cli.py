@@ -1,16 +1,35 @@
+import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import jaxserve
 from jaxserve.checkpoints.hub import EMBEDDED
 
+MAIN = "from jaxserve.cli import main; "
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not so in the background
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "jaxserve.cli", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=300)
+
+def run(*arguments: str, code: str = MAIN + "main()", stdin: str | bytes = "", **environment: str):
+    """What `jaxserve` says to these arguments, and its status."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        capture_output=True,
+        env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"} | environment,
+        timeout=300,
+    )
+    return subprocess.CompletedProcess(
+        result.args, result.returncode, result.stdout.decode(), result.stderr.decode(errors="replace")
+    )
+
+
+# -- generate --
 
 
 def test_generate_streams_the_prompt_and_its_continuation_and_ends_with_its_speed():
@@ -20,11 +39,43 @@ def test_generate_streams_the_prompt_and_its_continuation_and_ends_with_its_spee
     assert len(result.stdout.rstrip()) > len("def quicksort(items):")
     for word in ("12 tokens", "first after", "tokens/s", "weights", "cache"):
         assert word in result.stderr
+    assert "warning" not in result.stderr
 
 
 def test_generate_reads_its_prompt_from_standard_input():
     result = run("generate", "-", "--max-tokens", "4", stdin="import os\n")
     assert result.stdout.startswith("import os\n")
+
+
+def test_an_answer_cut_for_want_of_room_says_so():
+    room = ("--max-model-len", "16", "--temperature", "0")
+    result = run("generate", "def quicksort(items):", *room)
+    assert result.returncode == 0
+    assert "of 128 tokens, for want of room; raise --max-model-len" in result.stderr
+
+
+def test_without_a_place_for_compiled_programs_one_line_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    result = run("generate", "x", "--max-tokens", "2", XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert result.returncode == 0
+    first, empty, speed = result.stderr.splitlines()
+    assert first.startswith("warning: compiled programs can't be kept for the next time: ")
+    assert (empty, speed.partition(" | ")[0]) == ("", "2 tokens")
+
+
+def test_a_warning_about_a_checkpoint_is_one_line(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((EMBEDDED / name).read_bytes())
+    layers = json.loads((EMBEDDED / "config.json").read_text())["num_hidden_layers"]
+    tensors = load_file(EMBEDDED / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if f"layers.{layers}." not in name}
+    save_file(kept, tmp_path / "model.safetensors")
+    result = run("generate", "x", "--max-tokens", "2", "--model", str(tmp_path))
+    assert result.stderr.splitlines()[0].startswith("warning: config.json announces 1 MTP layer(s)")
+    assert len(result.stderr.splitlines()) == 3
+
+
+# -- info --
 
 
 def test_info_needs_the_config_alone(tmp_path):
@@ -35,11 +86,30 @@ def test_info_needs_the_config_alone(tmp_path):
         assert word in result.stdout
 
 
+def test_info_cuts_nothing_on_a_narrow_terminal_and_shows_a_folder_by_its_name(tmp_path):
+    folder = tmp_path / "[red]x:smile:"
+    folder.mkdir()
+    (folder / "config.json").write_text((EMBEDDED / "config.json").read_text())
+    result = run("info", str(folder), COLUMNS="40")
+    assert result.stdout.splitlines()[0] == f"deepseek_v3  {folder}"
+    assert "…" not in result.stdout
+    for number in ("1,048,576", "23,888", "7,838,400", "14.95 MiB"):
+        assert f"  {number}\n" in result.stdout
+
+
+# -- what goes wrong --
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "x", "--model", "nowhere"), "nowhere is no folder here"),
+        (("generate", "x", "--model", "[red]x"), "[red]x is no folder here"),
         (("generate", "x", "--temperature", "-1"), "temperature = -1.0: it must be"),
+        (("generate", "x", "--max-model-len", "1"), "max_model_len = 1: it must be"),
+        (("generate", "x", "--max-token", "3"), "No such option: --max-token"),
+        (("generate", "x", "--seed", "y"), "Invalid value for '--seed'"),
+        (("generate",), "Missing argument 'prompt'; --help lists what there is"),
+        (("generat",), "No such command 'generat'. Did you mean 'generate'?"),
         (("info", "nowhere"), "nowhere is no folder here"),
         (("info", "--dtype", "int3"), "dtype 'int3' is not supported"),
     ],
@@ -47,11 +117,91 @@ def test_info_needs_the_config_alone(tmp_path):
 def test_bad_input_is_told_in_one_line_with_status_two(arguments, message):
     result = run(*arguments)
     assert result.returncode == 2
-    assert message in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert result.stdout == ""
+
+
+def test_standard_input_that_is_not_utf8_is_refused_with_its_place():
+    result = run("generate", "-", stdin=b"ab\xff")
+    assert result.stderr.startswith("error: standard input is not UTF-8 (byte 0xff at 2)")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_standard_input_that_is_closed_is_refused():
+    result = run("generate", "-", code="import sys; sys.stdin = None; " + MAIN + "main()")
+    assert result.stderr.startswith("error: standard input is closed")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_a_reader_that_goes_away_ends_the_answer_quietly():
+    command = [sys.executable, "-c", MAIN + "main()", "generate", "def f(x):", "--seed", "5", "--max-tokens", "4000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(9) == b"def f(x):"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("arguments", [["info"], ["generate", "x", "--max-tokens", "2"], ["--help"]])
+def test_output_that_can_not_be_written_is_told_in_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", MAIN + "main()", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
+    assert result.returncode == 1
+
+
+def test_what_the_terminal_can_not_spell_is_escaped():
+    result = run("generate", "é", "--max-tokens", "2", PYTHONIOENCODING="ascii")
+    assert result.stdout.startswith("\\xe9")
+
+
+def test_ctrl_c_ends_an_answer_with_status_130():
+    code = INTERRUPTIBLE + MAIN + "main()"
+    command = [sys.executable, "-c", code, "generate", "def f(x):", "--seed", "5", "--max-tokens", "4000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(12)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read().endswith(b"\n")
+        assert process.stderr.read() == b""
+    assert process.returncode == 130
+
+
+def test_ctrl_c_that_falls_where_nothing_can_be_raised_ends_the_program_too():
+    interrupt = "import gc\ndef callback(*_): raise KeyboardInterrupt\ngc.callbacks.append(callback)\n"
+    result = run("info", code=f"{MAIN}\n{interrupt}main()")
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+# -- help --
 
 
 def test_help_teaches_with_examples_and_does_not_wait_for_jax():
     assert 'jaxserve generate "def quicksort(items):"' in run("generate", "--help").stdout
     code = "import sys, jaxserve.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_options_are_shown_whole_on_a_narrow_terminal():
+    shown = run("generate", "--help", COLUMNS="40").stdout
+    for option in ("--model", "--max-tokens", "--temperature", "--max-model-len"):
+        assert option in shown
+
+
+def test_without_a_command_help_is_shown():
+    result = run()
+    assert (result.returncode, result.stdout) == (2, run("--help").stdout)
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version").stdout == f"jaxserve {jaxserve.__version__}\n"
+    assert jaxserve.__version__[0].isdigit()
+
+
+def test_a_checkout_that_is_not_installed_has_no_known_version():
+    code = "import importlib.metadata as m\ndef version(name): raise m.PackageNotFoundError\nm.version = version\n"
+    assert run(code=code + "import jaxserve; print(jaxserve.__version__)").stdout == "0+unknown\n"
