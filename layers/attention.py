@@ -55,67 +55,69 @@ def attend(block: Callable[[Array | int], Block], blocks: Array | int, shape: tu
 class Gqa(NamedTuple):
     """Weights of grouped-query attention; the comments give shape and Hugging Face name."""
 
-    w_q: Leaf  # h n d   q_proj
-    w_k: Leaf  # g n d   k_proj
-    w_v: Leaf  # g n d   v_proj
-    w_o: Leaf  # d h n   o_proj
-    q_norm: Leaf  # n    q_norm
-    k_norm: Leaf  # n    k_norm
+    w_q: Leaf  # h r d   q_proj
+    w_k: Leaf  # g r d   k_proj
+    w_v: Leaf  # g v d   v_proj
+    w_o: Leaf  # d h v   o_proj
+    q_norm: Leaf  # r    q_norm
+    k_norm: Leaf  # r    k_norm
 
 
 class KeyValueCache(NamedTuple):
     """One layer's pages of keys (rotated) and values."""
 
-    k: Leaf  # p b g n
-    v: Leaf  # p b g n
+    k: Leaf  # p b g r
+    v: Leaf  # p b g v
 
 
 def gqa_params(cfg: Config, att: GroupedAttention, dtype) -> Gqa:
-    h, g, n, d = att.heads, att.kv_heads, att.head_dim, cfg.width
+    h, g, r, v, d = att.heads, att.kv_heads, att.head_dim, att.head_dim, cfg.width
     return Gqa(
-        w_q=Param((h, n, d), ("h", "n", "d"), dtype, std=d**-0.5),
-        w_k=Param((g, n, d), ("g", "n", "d"), dtype, std=d**-0.5),
-        w_v=Param((g, n, d), ("g", "n", "d"), dtype, std=d**-0.5),
-        w_o=Param((d, h, n), ("d", "h", "n"), dtype, std=(h * n) ** -0.5),
-        q_norm=Param((n,), ("n",), dtype, mean=1.0),
-        k_norm=Param((n,), ("n",), dtype, mean=1.0),
+        w_q=Param((h, r, d), ("h", "r", "d"), dtype, std=d**-0.5),
+        w_k=Param((g, r, d), ("g", "r", "d"), dtype, std=d**-0.5),
+        w_v=Param((g, v, d), ("g", "v", "d"), dtype, std=d**-0.5),
+        w_o=Param((d, h, v), ("d", "h", "v"), dtype, std=(h * v) ** -0.5),
+        q_norm=Param((r,), ("r",), dtype, mean=1.0),
+        k_norm=Param((r,), ("r",), dtype, mean=1.0),
     )
 
 
 def gqa_cache(att: GroupedAttention, pages: int, page_size: int, dtype) -> KeyValueCache:
-    page = Param((pages, page_size, att.kv_heads, att.head_dim), ("p", "b", "g", "n"), dtype)
-    return KeyValueCache(k=page, v=page)
+    shape = (pages, page_size, att.kv_heads, att.head_dim)
+    return KeyValueCache(k=Param(shape, ("p", "b", "g", "r"), dtype), v=Param(shape, ("p", "b", "g", "v"), dtype))
 
 
 def gqa(
     p: Gqa, x_td: Float[Array, "t d"], cache: KeyValueCache, batch: Batch, cfg: Config, att: GroupedAttention
 ) -> tuple[Float[Array, "t d"], KeyValueCache]:
     """Adds the step's keys and values to the cache, then attends to all of it."""
-    q_thn = rms_norm(einsum("td,hnd->thn", x_td, p.w_q), p.q_norm, cfg.norm_eps)
-    k_tgn = rms_norm(einsum("td,gnd->tgn", x_td, p.w_k), p.k_norm, cfg.norm_eps)
-    v_tgn = einsum("td,gnd->tgn", x_td, p.w_v)
-    q_thn, k_tgn = (rotate(x, batch.positions_t, cfg.rope) for x in (q_thn, k_tgn))
-    cache = write(cache, KeyValueCache(k_tgn, v_tgn), batch)
-    o_thn = attend_grouped(q_thn, cache, batch, att)
-    return einsum("thn,dhn->td", o_thn, p.w_o), cache
+    q_thr = rms_norm(einsum("td,hrd->thr", x_td, p.w_q), p.q_norm, cfg.norm_eps)
+    k_tgr = rms_norm(einsum("td,grd->tgr", x_td, p.w_k), p.k_norm, cfg.norm_eps)
+    v_tgv = einsum("td,gvd->tgv", x_td, p.w_v)
+    q_thr, k_tgr = (rotate(x, batch.positions_t, cfg.rope) for x in (q_thr, k_tgr))
+    cache = write(cache, KeyValueCache(k_tgr, v_tgv), batch)
+    o_thv = attend_grouped(q_thr, cache, batch, att)
+    return einsum("thv,dhv->td", o_thv, p.w_o), cache
 
 
-def attend_grouped(q_thn: Array, cache: KeyValueCache, batch: Batch, att: GroupedAttention) -> Float[Array, "t h n"]:
-    """Attention of queries to their sequences' cached keys and values; `h / g` queries share a key."""
+def attend_grouped(
+    q_thr: Float[Array, "t h r"], cache: KeyValueCache, batch: Batch, att: GroupedAttention
+) -> Float[Array, "t h v"]:
+    """Attention of queries to their sequences' cached keys and values; `y` queries share a key."""
     a, w, g = batch.slots_a.shape[0], batch.tile, att.kv_heads
-    q_awgmn = (q_thn * att.scale).reshape(a, w, g, -1, att.head_dim)
+    q_awgyr = (q_thr * att.scale).reshape(a, w, g, -1, att.head_dim)
     shape = (a, att.heads, w, att.head_dim)
 
     def block(i) -> Block:
-        (k_ajgn, v_ajgn), seen_awj = read_block(cache, batch, i)
-        logits = jnp.einsum("awgmn,ajgn->agmwj", q_awgmn, k_ajgn, preferred_element_type=jnp.float32)
+        (k_ajgr, v_ajgv), seen_awj = read_block(cache, batch, i)
+        logits_agywj = jnp.einsum("awgyr,ajgr->agywj", q_awgyr, k_ajgr, preferred_element_type=jnp.float32)
 
         def mix(weights_ahwj):
-            weights = weights_ahwj.reshape(logits.shape).astype(v_ajgn.dtype)
-            out = jnp.einsum("agmwj,ajgn->agmwn", weights, v_ajgn, preferred_element_type=jnp.float32)
-            return out.reshape(shape)
+            weights_agywj = weights_ahwj.reshape(logits_agywj.shape).astype(v_ajgv.dtype)
+            o_agywv = jnp.einsum("agywj,ajgv->agywv", weights_agywj, v_ajgv, preferred_element_type=jnp.float32)
+            return o_agywv.reshape(shape)
 
-        return Block(logits.reshape(a, att.heads, w, -1), seen_awj, mix)
+        return Block(logits_agywj.reshape(a, att.heads, w, -1), seen_awj, mix)
 
-    o_ahwn = attend(block, num_blocks(cache, batch), shape)
-    return o_ahwn.transpose(0, 2, 1, 3).reshape(q_thn.shape).astype(q_thn.dtype)
+    o_ahwv = attend(block, num_blocks(cache, batch), shape)
+    return o_ahwv.transpose(0, 2, 1, 3).reshape(q_thr.shape).astype(q_thr.dtype)

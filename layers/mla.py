@@ -31,7 +31,7 @@ class Mla(NamedTuple):
 
     w_dq: Leaf | None  # q d        q_a_proj; None: the query is not compressed
     q_norm: Leaf | None  # q        q_a_layernorm
-    w_uq: Leaf  # h (n+r) q         q_b_proj; q_proj, with d for q, if not compressed
+    w_uq: Leaf  # h z q             q_b_proj; of an uncompressed query h z d, q_proj
     w_dkv: Leaf  # c d              kv_a_proj_with_mqa[:c]
     w_kr: Leaf  # r d               kv_a_proj_with_mqa[c:]
     kv_norm: Leaf  # c              kv_a_layernorm
@@ -84,10 +84,12 @@ def mla(
 
 def queries(p: Mla, x_td: Array, batch: Batch, cfg: Config, att: LatentAttention) -> tuple[Array, Array]:
     """The queries' two parts, `[t, h, n]` and, rotated, `[t, h, r]`."""
-    if p.w_dq is not None and p.q_norm is not None:
-        x_td = rms_norm(einsum("td,qd->tq", x_td, p.w_dq), p.q_norm, LATENT_EPS)
-    q_thm = einsum("tq,hmq->thm", x_td, p.w_uq)
-    q_thn, q_thr = jnp.split(q_thm, [att.nope_dim], axis=-1)
+    if p.w_dq is None or p.q_norm is None:
+        q_thz = einsum("td,hzd->thz", x_td, p.w_uq)
+    else:
+        c_tq = rms_norm(einsum("td,qd->tq", x_td, p.w_dq), p.q_norm, LATENT_EPS)
+        q_thz = einsum("tq,hzq->thz", c_tq, p.w_uq)
+    q_thn, q_thr = jnp.split(q_thz, [att.nope_dim], axis=-1)
     return q_thn, rotate(q_thr, batch.positions_t, cfg.rope)
 
 
@@ -110,16 +112,16 @@ def attend_expanded(
     att: LatentAttention,
 ) -> Float[Array, "t h v"]:  # fmt: skip
     """Computes the keys and values of all heads from the latents of a block, and attends to them."""
-    q_awhm = _tiles(jnp.concatenate([q_thn, q_thr], axis=-1) * att.scale, batch)
+    q_awhz = _tiles(jnp.concatenate([q_thn, q_thr], axis=-1) * att.scale, batch)
 
     def block(i) -> Block:
         (c_ajc, k_ajr), seen_awj = read_block(cache, batch, i)
         c_ajc = c_ajc.astype(q_thn.dtype)
         k_ajhr = jnp.broadcast_to(k_ajr.astype(q_thn.dtype)[:, :, None], (*k_ajr.shape[:2], att.heads, att.rope_dim))
-        k_ajhm = jnp.concatenate([einsum("ajc,hnc->ajhn", c_ajc, p.w_uk), k_ajhr], axis=-1)
+        k_ajhz = jnp.concatenate([einsum("ajc,hnc->ajhn", c_ajc, p.w_uk), k_ajhr], axis=-1)
         v_ajhv = einsum("ajc,hvc->ajhv", c_ajc, p.w_uv)
-        logits_ahwj = _dot32("awhm,ajhm->ahwj", q_awhm, k_ajhm)
-        return Block(logits_ahwj, seen_awj, lambda weights: _dot32("ahwj,ajhv->ahwv", weights, v_ajhv))
+        logits_ahwj = _dot32("awhz,ajhz->ahwj", q_awhz, k_ajhz)
+        return Block(logits_ahwj, seen_awj, lambda w_ahwj: _dot32("ahwj,ajhv->ahwv", w_ahwj, v_ajhv))
 
     shape = (batch.slots_a.shape[0], att.heads, batch.tile, att.value_dim)
     o_ahwv = attend(block, num_blocks(cache, batch), shape)
@@ -132,13 +134,14 @@ def attend_absorbed(
 ) -> Float[Array, "t h v"]:  # fmt: skip
     """Moves `w_uk` onto the query and `w_uv` onto the output, so that keys and values stay latent."""
     q_thc = einsum("thn,hnc->thc", q_thn, p.w_uk)
-    q_awhm = _tiles(jnp.concatenate([q_thc, q_thr], axis=-1) * att.scale, batch)
+    q_awhz = _tiles(jnp.concatenate([q_thc, q_thr], axis=-1) * att.scale, batch)
 
     def block(i) -> Block:
         (c_ajc, k_ajr), seen_awj = read_block(cache, batch, i)
         c_ajc, k_ajr = c_ajc.astype(q_thn.dtype), k_ajr.astype(q_thn.dtype)
-        logits_ahwj = _dot32("awhm,ajm->ahwj", q_awhm, jnp.concatenate([c_ajc, k_ajr], axis=-1))
-        return Block(logits_ahwj, seen_awj, lambda weights: _dot32("ahwj,ajc->ahwc", weights, c_ajc))
+        k_ajz = jnp.concatenate([c_ajc, k_ajr], axis=-1)
+        logits_ahwj = _dot32("awhz,ajz->ahwj", q_awhz, k_ajz)
+        return Block(logits_ahwj, seen_awj, lambda w_ahwj: _dot32("ahwj,ajc->ahwc", w_ahwj, c_ajc))
 
     shape = (batch.slots_a.shape[0], att.heads, batch.tile, att.kv_rank)
     o_ahwc = attend(block, num_blocks(cache, batch), shape)
@@ -146,8 +149,8 @@ def attend_absorbed(
     return einsum("thc,hvc->thv", o_thc, p.w_uv)
 
 
-def _tiles(q_thm: Array, batch: Batch) -> Array:
-    return q_thm.reshape(-1, batch.tile, *q_thm.shape[1:])
+def _tiles(q_thz: Array, batch: Batch) -> Array:
+    return q_thz.reshape(-1, batch.tile, *q_thz.shape[1:])
 
 
 def _dot32(spec: str, x: Array, y: Array) -> Array:

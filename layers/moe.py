@@ -88,12 +88,12 @@ def route(p: Moe, x_td: Float[Array, "t d"], cfg: Experts) -> Routing:
 
 def _keep_best_groups(choice_te: Array, cfg: Experts) -> Array:
     """-inf for experts outside the best groups: those with the best pair of experts (sigmoid) or expert (softmax)."""
-    groups_tge = choice_te.reshape(choice_te.shape[0], cfg.groups, -1)
-    best = min(2 if cfg.router == "sigmoid" else 1, groups_tge.shape[-1])
-    scores_tg = jax.lax.top_k(groups_tge, best)[0].sum(axis=-1)
-    _, chosen_tg = jax.lax.top_k(scores_tg, cfg.groups_per_token)
-    kept_tg = jax.nn.one_hot(chosen_tg, cfg.groups, dtype=bool).any(axis=1)
-    return jnp.where(kept_tg[:, :, None], groups_tge, -jnp.inf).reshape(choice_te.shape)
+    grouped = choice_te.reshape(choice_te.shape[0], cfg.groups, -1)
+    best = min(2 if cfg.router == "sigmoid" else 1, grouped.shape[-1])
+    scores = jax.lax.top_k(grouped, best)[0].sum(axis=-1)
+    _, chosen = jax.lax.top_k(scores, cfg.groups_per_token)
+    kept = jax.nn.one_hot(chosen, cfg.groups, dtype=bool).any(axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice_te.shape)
 
 
 def mix_experts(
@@ -138,17 +138,16 @@ def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
 def _mix_blocks(p: Mlp, x_td: Array, routing: Routing) -> Array:
     t, k = routing.experts_tk.shape
     size, count = block_shape(t, k, p.w_gate.shape[0])
-    row_tk, expert_i = assign_blocks(routing.experts_tk, p.w_gate.shape[0], size, count)
-    token_m = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None])
-    x_imd = jnp.take(x_td, token_m, axis=0, mode="fill", fill_value=0).reshape(count, size, -1)
-    gate, up, down = (w[expert_i] for w in p)
-    hidden_imf = jax.nn.silu(einsum("imd,ifd->imf", x_imd, gate)) * einsum("imd,ifd->imf", x_imd, up)
-    y_md = einsum("imf,idf->imd", hidden_imf, down).reshape(count * size, -1)
-    return jnp.einsum("tkd,tk->td", y_md[row_tk], routing.weights_tk.astype(y_md.dtype))
+    row_tk, experts = assign_blocks(routing.experts_tk, p.w_gate.shape[0], size, count)
+    tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None])
+    blocks = jnp.take(x_td, tokens, axis=0, mode="fill", fill_value=0).reshape(count, size, -1)
+    rows = jax.vmap(mlp)(Mlp(*(w[experts] for w in p)), blocks).reshape(count * size, -1)
+    y_tkd = rows[row_tk]
+    return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
 
 
 def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count: int) -> tuple[Array, Array]:
-    """A row for each (token, choice), `[t, k]`, such that `size` rows have one expert, `[count]` a block."""
+    """A row for each (token, choice), `[t, k]`, such that the `size` rows of a block have one expert: `[count]`."""
     flat = experts_tk.reshape(-1)
     load_e = jnp.zeros(experts, jnp.int32).at[flat].add(1)
     blocks_e = -(-load_e // size)
@@ -157,5 +156,5 @@ def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count:
     rank = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=flat.dtype))
     rank_in_expert = rank - (jnp.cumsum(load_e) - load_e)[flat]
     row_tk = (first_block_e[flat] * size + rank_in_expert).reshape(experts_tk.shape)
-    expert_i = jnp.searchsorted(jnp.cumsum(blocks_e), jnp.arange(count), side="right")
-    return row_tk, jnp.minimum(expert_i, experts - 1)
+    expert = jnp.searchsorted(jnp.cumsum(blocks_e), jnp.arange(count), side="right")
+    return row_tk, jnp.minimum(expert, experts - 1)  # blocks that nothing fills come last

@@ -30,7 +30,7 @@ def draft(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, 
     (the paper's eq. 21 writes them the other way round).
     """
     embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
-    joined_td = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
-    x_td = einsum("tm,dm->td", joined_td, mtp.w_join)
+    joined_tz = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
+    x_td = einsum("tz,dz->td", joined_tz, mtp.w_join)
     x_td, cache, load_e = decoder_layer(mtp.layer, x_td, cache, batch, cfg)
     return Draft(rms_norm(x_td, mtp.norm, cfg.norm_eps), cache, load_e)

@@ -18,12 +18,12 @@ def rows_of_product(x, w) -> int:
     ("spec", "x", "w"),
     [
         ("td,fd->tf", (5, 7), (3, 7)),
-        ("td,hnd->thn", (1, 7), (2, 3, 7)),
-        ("thn,dhn->td", (5, 2, 3), (7, 2, 3)),
+        ("td,hrd->thr", (1, 7), (2, 3, 7)),
+        ("thv,dhv->td", (5, 2, 3), (7, 2, 3)),
         ("td,efd->etf", (5, 7), (4, 3, 7)),
         ("td,efd->etf", (1, 7), (4, 3, 7)),
         ("etf,edf->etd", (4, 1, 7), (4, 3, 7)),
-        ("imd,ifd->imf", (4, 5, 7), (4, 3, 7)),
+        ("etd,efd->etf", (4, 5, 7), (4, 3, 7)),
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

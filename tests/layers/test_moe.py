@@ -188,11 +188,11 @@ def test_a_block_has_one_expert_and_a_row_one_token_for_any_routing(data):
     chosen = data.draw(st.lists(st.integers(0, experts - 1), min_size=t * k, max_size=t * k))
     experts_tk = np.reshape(chosen, (t, k)).astype(np.int32)
     size, count = block_shape(t, k, experts)
-    row_tk, expert_i = map(np.asarray, run_assign(experts_tk, experts=experts, size=size, count=count))
+    row_tk, expert = map(np.asarray, run_assign(experts_tk, experts=experts, size=size, count=count))
     assert len(np.unique(row_tk)) == t * k
     assert (row_tk >= 0).all() and (row_tk < size * count).all()
-    assert expert_i.shape == (count,) and (expert_i >= 0).all() and (expert_i < experts).all()
-    np.testing.assert_array_equal(expert_i[row_tk // size], experts_tk)
+    assert expert.shape == (count,) and (expert >= 0).all() and (expert < experts).all()
+    np.testing.assert_array_equal(expert[row_tk // size], experts_tk)
 
 
 @given(t=st.integers(1, 5000), k=st.integers(1, 9), experts=st.integers(9, 400))
