@@ -69,16 +69,26 @@ def page_table(sequences: int, pages_each: int, seed: int | None = None) -> np.n
 
 
 def batch_of(
-    runs: Sequence[Sequence[int] | np.ndarray], table: np.ndarray, starts: Sequence[int] | None = None, tile: int = 0
+    runs: Sequence[Sequence[int] | np.ndarray | int], table: np.ndarray, starts: Sequence[int] | None = None, tile=0
 ) -> Batch:
-    """A tile for each run of tokens, which begins at its start and is padded to the longest, or to `tile`."""
-    tile = max(tile, *(len(run) for run in runs))
-    tokens, positions = np.zeros((len(runs), tile), np.int32), np.full((len(runs), tile), -1, np.int32)
-    for i, (run, start) in enumerate(zip(runs, starts or [0] * len(runs), strict=True)):
+    """A tile for each run of tokens, which begins at its start and is padded to the longest, or to `tile`.
+
+    Where attention alone is run, which reads no tokens, their number will do.
+    """
+    rows = [np.zeros(run) if isinstance(run, int) else run for run in runs]
+    tile = max(tile, *map(len, rows))
+    tokens, positions = np.zeros((len(rows), tile), np.int32), np.full((len(rows), tile), -1, np.int32)
+    for i, (run, start) in enumerate(zip(rows, starts or [0] * len(rows), strict=True)):
         tokens[i, : len(run)] = run
         positions[i, : len(run)] = start + np.arange(len(run))
-    arrays = tokens.reshape(-1), positions.reshape(-1), np.arange(len(runs), dtype=np.int32), table
+    arrays = tokens.reshape(-1), positions.reshape(-1), np.arange(len(rows), dtype=np.int32), table
     return Batch(*map(jnp.asarray, arrays))
+
+
+def chunks(tokens: np.ndarray, table: np.ndarray, size: int) -> Iterator[Batch]:
+    """One sequence as batches of `size` tokens, the last one padded."""
+    for start in range(0, len(tokens), size):
+        yield batch_of([tokens[start : start + size]], table, [start], tile=size)
 
 
 @partial(jax.jit, static_argnames="cfg")

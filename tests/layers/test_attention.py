@@ -1,3 +1,4 @@
+import math
 from functools import partial
 from typing import cast
 
@@ -31,15 +32,15 @@ def random_cache(rng, pages: int, page_size: int) -> KeyValueCache:
     return KeyValueCache(*normal(rng, *shape))
 
 
-def plain_attention(q_thn, cache: KeyValueCache, batch) -> np.ndarray:
+def plain_attention(q_thr, cache: KeyValueCache, batch) -> np.ndarray:
     """One softmax over all keys of a query, one query and head at a time."""
-    out = np.zeros(q_thn.shape)
+    out = np.zeros(q_thr.shape)
     for t, position in enumerate(np.asarray(batch.positions_t)):
         pages = np.asarray(batch.pages_sp)[batch.slots_a[t // batch.tile]]
         k, v = (f64(x)[pages].reshape(-1, ATT.kv_heads, ATT.head_dim)[: position + 1] for x in cache)
         for h in range(ATT.heads if position >= 0 else 0):
             g = h // (ATT.heads // ATT.kv_heads)
-            out[t, h] = reference.softmax(k[:, g] @ f64(q_thn[t, h]) * ATT.scale) @ v[:, g]
+            out[t, h] = reference.softmax(k[:, g] @ f64(q_thr[t, h]) * ATT.scale) @ v[:, g]
     return out
 
 
@@ -53,7 +54,7 @@ def grouped():
 def test_blockwise_attention_equals_one_softmax(rng, monkeypatch, page_size, block_tokens):
     monkeypatch.setattr(paging, "BLOCK_TOKENS", block_tokens)
     table = page_table(3, -(-23 // page_size), seed=2)
-    batch = batch_of([np.zeros(n, np.int32) for n in (4, 1, 3)], table, starts=[19, 0, 5])
+    batch = batch_of([4, 1, 3], table, starts=[19, 0, 5])
     q, cache = normal(rng, 12, 6, 8), random_cache(rng, table.size, page_size)
     assert_close(grouped()(q, cache, batch), plain_attention(q, cache, batch), LAYER)
 
@@ -61,7 +62,7 @@ def test_blockwise_attention_equals_one_softmax(rng, monkeypatch, page_size, blo
 def test_large_logits_neither_overflow_nor_lose_an_early_maximum(rng, monkeypatch):
     monkeypatch.setattr(paging, "BLOCK_TOKENS", 2)
     table = page_table(1, 6)
-    batch = batch_of([np.zeros(12, np.int32)], table)
+    batch = batch_of([12], table)
     cache = random_cache(rng, 6, 2)
     cache = cache._replace(k=cache.k.at[0].mul(100.0))  # the first block outweighs all others
     q = 10 * normal(rng, 12, 6, 8)
@@ -72,7 +73,7 @@ def test_many_blocks_are_a_loop_and_few_are_not(rng, monkeypatch):
     monkeypatch.setattr(paging, "BLOCK_TOKENS", 4)
 
     def loops(pages: int) -> int:
-        batch = batch_of([np.zeros(1, np.int32)], page_table(1, pages))
+        batch = batch_of([1], page_table(1, pages))
         args = jnp.ones((1, 6, 8)), random_cache(rng, pages, 2), batch
         return str(jax.make_jaxpr(grouped())(*args)).count("while[")
 
@@ -82,9 +83,8 @@ def test_many_blocks_are_a_loop_and_few_are_not(rng, monkeypatch):
 @pytest.mark.parametrize("block_tokens", [256, 2])
 def test_padding_and_rows_of_earlier_sequences_have_no_effect(rng, monkeypatch, block_tokens):
     monkeypatch.setattr(paging, "BLOCK_TOKENS", block_tokens)
-    table, runs = page_table(2, 3, seed=4), [np.zeros(3, np.int32), np.zeros(1, np.int32)]
-    q = normal(rng, 2, 7, 6, 8)
-    exact, padded = batch_of(runs, table), batch_of(runs, table, tile=7)
+    table, q = page_table(2, 3, seed=4), normal(rng, 2, 7, 6, 8)
+    exact, padded = batch_of([3, 1], table), batch_of([3, 1], table, tile=7)
     clean = random_cache(rng, 6, 2)
     used = np.zeros((6, 2), bool)
     used[table[0, :2]], used[table[1, 0], 0] = [[True, True], [True, False]], True
@@ -122,7 +122,7 @@ def test_it_is_differentiable_where_the_number_of_blocks_is_known(rng, blocks):
 
 @pytest.mark.parametrize("bits", [jnp.float32, jnp.bfloat16])
 def test_the_result_has_the_dtype_of_the_query_whatever_the_cache_holds(rng, bits):
-    batch = batch_of([np.zeros(3, np.int32)], page_table(1, 1))
+    batch = batch_of([3], page_table(1, 1))
     cache = jax.tree.map(lambda x: x.astype(bits), random_cache(rng, 1, 4))
     q = normal(rng, 3, 6, 8, dtype=jnp.bfloat16)
     out = grouped()(q, cache, batch)
@@ -138,7 +138,7 @@ layer = jax.jit(partial(gqa, cfg=CFG, att=GQA))
 def test_the_layer_equals_the_reference(rng):
     p = random_arrays(gqa_params(CFG, GQA, jnp.float32), rng)
     x = normal(rng, 19, CFG.width)
-    batch = batch_of([np.zeros(19, np.int32)], page_table(1, 5, seed=1), tile=24)
+    batch = batch_of([19], page_table(1, 5, seed=1), tile=24)
     padded = jnp.pad(x, ((0, 5), (0, 0)), constant_values=3.0)
     y, cache = layer(p, padded, empty(gqa_cache(GQA, 5, 4, jnp.float32)), batch)
     assert_close(y[:19], reference.gqa(raw_config("qwen3"), published_gqa("a", p), "a", f64(x)), LAYER)
@@ -149,9 +149,9 @@ def test_the_layer_equals_the_reference(rng):
 def test_memory_grows_with_a_block_and_not_with_the_context():
     tile, context = 128, 4096
     pages = gqa_cache(GQA, context // 16, 16, jnp.float32)
-    batch = batch_of([np.zeros(tile, np.int32)], page_table(1, context // 16), starts=[context - tile])
+    batch = batch_of([tile], page_table(1, context // 16), starts=[context - tile])
     p = random_arrays(gqa_params(CFG, GQA, jnp.float32), np.random.default_rng(0))
     jaxpr = jax.make_jaxpr(layer)(p, jnp.ones((tile, CFG.width)), empty(pages), batch)
-    largest = max(int(np.prod(shape)) for shape in intermediates(jaxpr))
+    largest = max(map(math.prod, intermediates(jaxpr)))
     logits_of_a_block = GQA.heads * tile * paging.BLOCK_TOKENS
     assert largest <= max(logits_of_a_block, pages.k.size) < GQA.heads * tile * context / 8

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from jaxserve.layers.mla import (
 from tests.layers import published
 from tests.layers.helpers import (
     batch_of,
+    chunks,
     empty,
     f64,
     intermediates,
@@ -64,7 +66,7 @@ class Layer:
 def alone(layer: Layer, x: jax.Array) -> np.ndarray:
     """A sequence's outputs from one step."""
     table = page_table(1, -(-len(x) // 4))
-    return np.asarray(layer.run(layer.weights, x, layer.empty(table.size), batch_of([np.zeros(len(x))], table))[0])
+    return np.asarray(layer.run(layer.weights, x, layer.empty(table.size), batch_of([len(x)], table))[0])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -83,7 +85,7 @@ def test_absorbed_equals_expanded(rng, monkeypatch, name, block_tokens):
     monkeypatch.setattr(paging, "BLOCK_TOKENS", block_tokens)
     layer, table = Layer(name, rng), page_table(2, 6, seed=5)
     cache = LatentCache(*(normal(rng, *page.shape) for page in layer.empty(12)))
-    batch = batch_of([np.zeros(5), np.zeros(2)], table, starts=[18, 3])
+    batch = batch_of([5, 2], table, starts=[18, 3])
     q_thn = normal(rng, 10, layer.att.heads, layer.att.nope_dim)
     q_thr = normal(rng, 10, layer.att.heads, layer.att.rope_dim)
     expanded, absorbed = (
@@ -102,17 +104,16 @@ def test_chunks_and_single_tokens_give_what_the_whole_gives(rng, monkeypatch, fo
     whole, table = alone(layer, x), page_table(1, 4, seed=2)
     for size in (8, 1):
         cache, parts = layer.empty(4), []
-        for start in range(0, 16, size):
-            batch = batch_of([np.zeros(size)], table, starts=[start])
-            y, cache = layer.run(layer.weights, x[start : start + size], cache, batch)
+        for batch, part in zip(chunks(np.zeros(16), table, size), jnp.split(x, 16 // size), strict=True):
+            y, cache = layer.run(layer.weights, part, cache, batch)
             parts.append(y)
         assert_close(np.concatenate(parts), whole, LAYER)
 
 
 def test_sequences_in_one_step_do_not_see_each_other(rng):
-    layer, lengths = Layer("whole query", rng), (5, 1, 9)
+    layer, lengths = Layer("whole query", rng), [5, 1, 9]
     x = layer.inputs(rng, 27).reshape(3, 9, -1)
-    batch = batch_of([np.zeros(n) for n in lengths], page_table(3, 3, seed=8))
+    batch = batch_of(lengths, page_table(3, 3, seed=8))
     y = layer.run(layer.weights, x.reshape(27, -1), layer.empty(9), batch)[0].reshape(3, 9, -1)
     assert jnp.isfinite(y).all()
     for i, length in enumerate(lengths):
@@ -120,7 +121,7 @@ def test_sequences_in_one_step_do_not_see_each_other(rng):
 
 
 def test_the_form_is_the_one_with_fewer_operations():
-    """With DeepSeek-V3's sizes: 320 w + 131,072 against 1,088 w operations a rng and head."""
+    """With DeepSeek-V3's sizes: 320 w + 131,072 against 1,088 w operations a key and head."""
     att = Config.from_hf(published.DEEPSEEK_V3).attention
     assert isinstance(att, LatentAttention)
     assert [expanding_pays(att, tile) for tile in (1, 2, 170, 171, 4096)] == [False, False, False, True, True]
@@ -137,7 +138,7 @@ def test_the_cache_of_deepseek_v3_takes_576_values_a_token():
 def test_a_cache_of_bfloat16_serves_activations_of_float32(rng, monkeypatch, form):
     monkeypatch.setattr(module, "expanding_pays", lambda att, tile: form == "expanded")
     layer = Layer("compressed query", rng)
-    x, batch = layer.inputs(rng, 6), batch_of([np.zeros(6)], page_table(1, 2))
+    x, batch = layer.inputs(rng, 6), batch_of([6], page_table(1, 2))
     exact, exact_cache = layer.run(layer.weights, x, layer.empty(2), batch)
     halves = jax.tree.map(lambda page: page.astype(jnp.bfloat16), layer.empty(2))
     rounded, rounded_cache = layer.run(layer.weights, x, halves, batch)
@@ -147,7 +148,7 @@ def test_a_cache_of_bfloat16_serves_activations_of_float32(rng, monkeypatch, for
 
 def shapes_of_a_step(tile: int, context: int, dtype=jnp.float32) -> tuple[Layer, list[tuple[int, ...]]]:
     layer, pages = Layer("compressed query", np.random.default_rng(0)), context // 4
-    batch = batch_of([np.zeros(tile)], page_table(1, pages), starts=[context - tile])
+    batch = batch_of([tile], page_table(1, pages), starts=[context - tile])
     args = layer.weights, jnp.ones((tile, layer.cfg.width), dtype), layer.empty(pages), batch
     return layer, list(intermediates(jax.make_jaxpr(layer.run)(*args)))
 
@@ -157,7 +158,7 @@ def test_memory_grows_with_a_block_and_not_with_the_context(monkeypatch, form):
     monkeypatch.setattr(module, "expanding_pays", lambda att, tile: form == "expanded")
     tile, context = 256, 4096
     layer, shapes = shapes_of_a_step(tile, context)
-    largest = max(int(np.prod(shape)) for shape in shapes)
+    largest = max(map(math.prod, shapes))
     logits_of_a_block, cached = layer.att.heads * tile * paging.BLOCK_TOKENS, context * layer.att.kv_rank
     assert largest <= max(logits_of_a_block, cached) < layer.att.heads * tile * context / 8
 
@@ -166,5 +167,5 @@ def test_decoding_never_expands_the_keys_of_a_block():
     layer, shapes = shapes_of_a_step(tile=1, context=4096)
     per_key = [shape for shape in shapes if paging.BLOCK_TOKENS in shape]
     assert per_key  # the block is there: its latents, rotated keys and logits
-    largest = max(int(np.prod(shape)) for shape in per_key)
+    largest = max(map(math.prod, per_key))
     assert largest == paging.BLOCK_TOKENS * (layer.att.kv_rank + layer.att.rope_dim)

@@ -10,6 +10,7 @@ from jaxserve.layers.mtp import draft
 from jaxserve.layers.transformer import Model, forward, logits
 from tests.layers.helpers import (
     batch_of,
+    chunks,
     empty_cache,
     page_table,
     published,
@@ -29,25 +30,22 @@ run_forward, run_draft = (jax.jit(f, static_argnames="cfg") for f in (forward, d
 score = jax.jit(logits)
 
 
-def drafted(model: Model, cfg: Config, tokens: np.ndarray, chunk: int, tile: int) -> tuple[np.ndarray, Any]:
+def drafted(model: Model, cfg: Config, tokens: np.ndarray, chunk: int = 24) -> tuple[np.ndarray, Any]:
     """Logits of the module for all positions but the last, in chunks; and its load of the last chunk."""
-    table, last = page_table(1, 5, seed=2), len(tokens) - 1
-    cache, parts, load = empty_cache(cfg, 5, 5), [], None
-    for start in range(0, last, chunk):
-        end = min(start + chunk, last)
-        out = run_forward(model, batch_of([tokens[start:end]], table, [start], tile), cache, cfg)
-        batch = batch_of([tokens[start + 1 : end + 1]], table, [start], tile)
-        guess = run_draft(model, model.mtp[0], out.hidden_td, batch, out.cache[-1], cfg)
+    table, cache, parts, load = page_table(1, 5, seed=2), empty_cache(cfg, 5, 5), [], None
+    for batch, shifted in zip(*(chunks(part, table, chunk) for part in (tokens[:-1], tokens[1:])), strict=True):
+        out = run_forward(model, batch, cache, cfg)
+        guess = run_draft(model, model.mtp[0], out.hidden_td, shifted, out.cache[-1], cfg)
         cache, load = (*out.cache[:-1], guess.cache), guess.load_e
-        parts.append(np.asarray(score(model, guess.hidden_td))[: end - start])
-    return np.concatenate(parts), load
+        parts.append(score(model, guess.hidden_td))
+    return np.concatenate(parts)[: len(tokens) - 1], load
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_drafts_equal_the_reference(rng, name):
     cfg = Config.from_hf(RAW[name])
     model, tokens = random_model(cfg, rng), random_tokens(cfg, rng, 20)
-    actual, _ = drafted(model, cfg, tokens, chunk=19, tile=24)
+    actual, _ = drafted(model, cfg, tokens)
     assert_close(actual, reference.mtp_logits(RAW[name], published(model), tokens.tolist()), MODEL)
 
 
@@ -55,20 +53,20 @@ def test_drafts_equal_the_reference(rng, name):
 def test_step_by_step_gives_what_all_positions_at_once_give(rng, chunk):
     cfg = Config.tiny("deepseek_v3")
     model, tokens = random_model(cfg, rng), random_tokens(cfg, rng, 20)
-    whole, _ = drafted(model, cfg, tokens, chunk=19, tile=24)
-    assert_close(drafted(model, cfg, tokens, chunk, tile=chunk)[0], whole, MODEL)
+    whole, _ = drafted(model, cfg, tokens)
+    assert_close(drafted(model, cfg, tokens, chunk)[0], whole, MODEL)
 
 
 def test_padding_counts_for_no_expert_of_the_module(rng):
     cfg = Config.tiny("deepseek_v3")
     assert cfg.experts is not None
-    _, load = drafted(random_model(cfg, rng), cfg, random_tokens(cfg, rng, 20), chunk=19, tile=24)
+    _, load = drafted(random_model(cfg, rng), cfg, random_tokens(cfg, rng, 20))
     assert load.sum() == 19 * cfg.experts.per_token
 
 
 def test_a_dense_module_reports_no_load(rng):
     cfg = Config.from_hf(RAW["dense"])
-    assert drafted(random_model(cfg, rng), cfg, random_tokens(cfg, rng, 20), chunk=19, tile=24)[1] is None
+    assert drafted(random_model(cfg, rng), cfg, random_tokens(cfg, rng, 20))[1] is None
 
 
 def test_the_draft_depends_on_the_next_token_and_on_the_hidden_state(rng):

@@ -16,6 +16,7 @@ from tests.layers.helpers import (
     GOLDEN_NAMES,
     GOLDENS,
     batch_of,
+    chunks,
     empty_cache,
     page_table,
     published,
@@ -81,8 +82,7 @@ def test_greedy_tokens_decoded_step_by_step_equal_hugging_face(name):
 def run(model: Model, cfg: Config, tokens: np.ndarray, table: np.ndarray, page: int, chunk: int) -> np.ndarray:
     """Logits of one sequence that is prefilled in chunks."""
     cache, parts = empty_cache(cfg, table.size, page), []
-    for start in range(0, len(tokens), chunk):
-        batch = batch_of([tokens[start : start + chunk]], table, [start], tile=chunk)
+    for batch in chunks(tokens, table, chunk):
         out, cache = step(model, batch, cache, cfg)
         parts.append(np.asarray(out)[0])
     return np.concatenate(parts)[: len(tokens)]
