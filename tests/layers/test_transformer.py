@@ -10,13 +10,14 @@ import pytest
 from jaxserve.checkpoints import hf
 from jaxserve.layers import batch as paging
 from jaxserve.layers.config import Config
-from jaxserve.layers.transformer import Model, forward, model_params
+from jaxserve.layers.transformer import Model, cache_params, forward, model_params
 from tests.layers.helpers import (
     FAMILIES,
     GOLDEN_NAMES,
     GOLDENS,
     batch_of,
     chunks,
+    empty,
     empty_cache,
     page_table,
     published,
@@ -26,7 +27,7 @@ from tests.layers.helpers import (
     step,
 )
 from tests.oracles import reference
-from tests.tolerances import MODEL, assert_close
+from tests.tolerances import MODEL, OP, assert_close
 
 PAGE = 7
 TILE = 56  # longer than every prompt, so that there is padding; and than what makes the expanded form pay
@@ -152,6 +153,20 @@ def test_a_model_of_bfloat16_computes_in_bfloat16_and_scores_in_float32(rng):
     hidden = jax.eval_shape(functools.partial(forward, cfg=cfg), model, batch, empty_cache(cfg, 1, 24)).hidden_td
     assert hidden.dtype == jnp.bfloat16
     assert step(model, batch, empty_cache(cfg, 1, 24), cfg)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3"])
+def test_a_batch_of_bfloat16_decodes_what_each_of_its_rows_decodes_alone(rng, family):
+    """A row of 16 bits alone is computed as two. With these lengths no two tokens nearly tie."""
+    cfg = Config.tiny(family)
+    model, table, lengths = random_model(cfg, rng, jnp.bfloat16), page_table(4, 4, seed=2), [9, 1, 14, 3]
+    runs, last = [random_tokens(cfg, rng, n) for n in lengths], random_tokens(cfg, rng, 4)
+    _, cache = step(model, batch_of(runs, table), empty(cache_params(cfg, 16, 4, jnp.bfloat16)), cfg)
+    out = np.asarray(step(model, batch_of(last[:, None], table, lengths), cache, cfg)[0])
+    for i, length in enumerate(lengths):
+        alone = np.asarray(step(model, batch_of([last[i : i + 1]], table[i : i + 1], [length]), cache, cfg)[0])[0]
+        assert_close(alone, out[i], OP, jnp.bfloat16)
+        assert alone.argmax() == out[i].argmax()
 
 
 def test_tied_embeddings_have_no_head():
