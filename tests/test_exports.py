@@ -2,7 +2,9 @@
 
 import __future__
 
+import ast
 import importlib
+import inspect
 import pkgutil
 from types import ModuleType
 
@@ -29,15 +31,29 @@ def complaints(module: ModuleType) -> list[str]:
     return wrong
 
 
-def test_the_front_door_has_a_list_of_names():
-    assert hasattr(jaxserve, "__all__")
+def has_only_a_docstring(source: str) -> bool:
+    body = ast.parse(source).body
+    return len(body) == 1 and ast.get_docstring(ast.parse(source)) is not None
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_all_is_sorted_and_equals_the_public_names(name):
-    module = importlib.import_module(name)
-    if hasattr(module, "__all__"):
-        assert complaints(module) == []
+def test_the_packages_are_the_front_door_and_the_folders():
+    """All others are imported module by module, and export nothing themselves."""
+    assert {"jaxserve", "jaxserve.checkpoints", "jaxserve.layers", "jaxserve.parallel"} <= set(PACKAGES)
+    assert [name for name in PACKAGES if hasattr(importlib.import_module(name), "__all__")] == ["jaxserve"]
+
+
+def test_all_is_sorted_and_equals_the_public_names():
+    assert complaints(jaxserve) == []
+
+
+@pytest.mark.parametrize("name", PACKAGES[1:])
+def test_a_package_without_a_list_of_names_has_a_docstring_and_nothing_else(name):
+    assert has_only_a_docstring(inspect.getsource(importlib.import_module(name)))
+
+
+@pytest.mark.parametrize("source", ["", "# nothing", "x = 1", '"""Models."""\nfrom jaxserve.layers import mla', "1"])
+def test_the_checker_of_docstrings_fires(source):
+    assert not has_only_a_docstring(source)
 
 
 @pytest.mark.parametrize(
