@@ -4,15 +4,17 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from jaxserve.checkpoints.safetensors import DTYPES, Tensor, open_folder
@@ -21,10 +23,11 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.mla import Mla
 from jaxserve.layers.moe import Mlp, Moe
 from jaxserve.layers.transformer import Layer, Model, Mtp, model_params
-from jaxserve.parallel.errors import CheckpointError, ConfigError
-from jaxserve.parallel.sharding import Param
+from jaxserve.parallel.errors import CheckpointError, ConfigError, ShardingError
+from jaxserve.parallel.sharding import Param, Rules, shardings
 
 Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
 """Called with the bytes that are in place and those there are in all."""
 
@@ -55,31 +58,32 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def load(
-    folder: Path, dtype: Any = jnp.float32, placement: Any = None, progress: Progress | None = None
+    folder: Path,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Config, Model]:
-    """Reads a checkpoint, each weight converted to `dtype` and put where `placement`, a tree of shardings, wants it.
+    """Reads a checkpoint, each weight converted to `dtype` and put where `rules` want it on `mesh`.
 
-    An MTP module that the config announces and the files lack is left out, with a warning.
+    Without rules every device has all weights, without a mesh one device does. An MTP module that the config announces
+    and the files lack is left out, with a warning.
 
     Raises ConfigError, or CheckpointError with all tensors that are missing, unexpected, misshapen or not finite.
     """
-    raw = read_json(folder)
-    cfg, tensors = Config.from_hf(raw), open_folder(folder)
-    _check_quantization(raw, cfg)
-    cfg = _without_absent_mtp(cfg, tensors, folder)
+    cfg, tensors = _open(folder)
     params = model_params(cfg, dtype)
     table = sources(cfg, params)
     _check_tensors(tensors, table, cfg, folder)
     _check_copies(tensors, cfg)
-    leaves, tree = jax.tree.flatten(params)
-    places = tree.flatten_up_to(placement) if placement is not None else [None] * len(leaves)
-    total, done, arrays = sum(p.nbytes for p in leaves), 0, []
-    for param, source, place in zip(leaves, tree.flatten_up_to(table), places, strict=True):
-        arrays.append(_place(tensors, source, param, place))
-        done += param.nbytes
-        if progress:
-            progress(done, total)
-    return cfg, tree.unflatten(arrays)
+    return cfg, _read_all(tensors, table, params, placement(params, mesh, rules), progress)
+
+
+def placement(params: Model, mesh: Mesh | None, rules: Rules | None) -> Model | None:
+    """The tree of shardings of weights; None without a mesh. Raises ShardingError where the rules can't be kept."""
+    if mesh is None and rules:
+        raise ShardingError(f"rules = {dict(rules)} need a mesh whose axes they name; give mesh too")
+    return None if mesh is None else shardings(params, mesh, rules or {})
 
 
 def save(folder: Path, model: Model, cfg: Config, raw: dict[str, Any]) -> None:
@@ -95,6 +99,26 @@ def save(folder: Path, model: Model, cfg: Config, raw: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
+def _open(folder: Path) -> tuple[Config, Tensors]:
+    """The config of what is there, and the files' tensors."""
+    raw = read_json(folder)
+    cfg, tensors = Config.from_hf(raw), open_folder(folder)
+    _check_quantization(raw, cfg)
+    return _without_absent_mtp(cfg, tensors, folder), tensors
+
+
+def _read_all(tensors: Tensors, table: Model, params: Model, where: Model | None, progress: Progress | None) -> Model:
+    leaves, tree = jax.tree.flatten(params)
+    places = [None] * len(leaves) if where is None else tree.flatten_up_to(where)
+    sizes = [param.nbytes for param in leaves]
+    arrays = []
+    for param, source, place, done in zip(leaves, tree.flatten_up_to(table), places, accumulate(sizes), strict=True):
+        arrays.append(_place(tensors, source, param, place))
+        if progress:
+            progress(done, sum(sizes))
+    return tree.unflatten(arrays)
+
+
 def _place(tensors: Tensors, source: Source, param: Param, place: Any) -> jax.Array:
     if place is None:
         return jnp.asarray(_read(tensors, source, param.dtype, (slice(None),) * len(param.shape)))
@@ -107,11 +131,16 @@ def _read(tensors: Tensors, source: Source, dtype: Any, index: tuple[slice, ...]
     parts = [_values(tensors, name).reshape(source.view)[source.cut][index].astype(dtype) for name in names]
     spoiled = [name for name, part in zip(names, parts, strict=True) if not np.isfinite(part).all()]
     if spoiled:
-        raise CheckpointError(
-            f"{tensors[spoiled[0]].path.parent}: {', '.join(spoiled)} has values that are NaN or infinite "
-            f"in {jnp.dtype(dtype)}; fetch the file again, or load it in a wider dtype"
-        )
+        raise not_finite(spoiled, dtype, tensors[spoiled[0]].path.parent)
     return np.stack(parts) if source.stacked else np.ascontiguousarray(parts[0])
+
+
+def not_finite(names: list[str], dtype: Any, folder: Path) -> CheckpointError:
+    """What to raise for weights with values that are no numbers to compute with."""
+    return CheckpointError(
+        f"{folder}: {', '.join(names)} has values that are NaN or infinite in {jnp.dtype(dtype)}; "
+        "fetch or save it again, or load it in a wider dtype"
+    )
 
 
 def _values(tensors: Tensors, name: str) -> np.ndarray:
@@ -148,27 +177,32 @@ def _without_absent_mtp(cfg: Config, tensors: Tensors, folder: Path) -> Config:
     warnings.warn(
         f"config.json announces {cfg.mtp_layers} MTP layer(s), but {folder} has no {prefixes[0]}*; "
         "the model is loaded without multi-token prediction",
-        stacklevel=3,
+        stacklevel=4,
     )
     return dataclasses.replace(cfg, mtp_layers=0)
 
 
 def _check_tensors(tensors: Tensors, table: Model, cfg: Config, folder: Path) -> None:
-    """Lists everything that is wrong at once: whoever repairs a checkpoint wants to do it once."""
     expected = {name: source.shape for source in jax.tree.leaves(table) for name in source.names}
-    for name in list(expected):
-        if name in tensors and tensors[name].dtype == "F8_E4M3" and len(expected[name]) == 2:
-            rows, columns = expected[name]
-            expected[name + "_scale_inv"] = (math.ceil(rows / 128), math.ceil(columns / 128))
-    known = set(expected) | set(_copies(cfg)) | {n for n in tensors if n.endswith("rotary_emb.inv_freq")}
-    faults = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    faults += [f"unexpected: {name} {tensors[name].shape}" for name in tensors if name not in known]
-    for name, shape in expected.items():
-        if name in tensors and tensors[name].shape != shape:
-            faults.append(f"misshapen: {name} is {tensors[name].shape}, config.json makes it {shape}")
+    expected |= {copy: expected[original] for copy, original in _copies(cfg).items() if copy in tensors}
+    for name, shape in list(expected.items()):
+        if name in tensors and tensors[name].dtype == "F8_E4M3" and len(shape) == 2:
+            expected[name + "_scale_inv"] = (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
+    found = {name: t.shape for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    unreadable = [_unreadable(name, tensors[name]) for name in expected if name in tensors]
+    check_shapes(found, expected, folder, [fault for fault in unreadable if fault])
+
+
+def check_shapes(found: Shapes, expected: Shapes, folder: Path, others: Sequence[str] = ()) -> None:
+    """Lists everything that is wrong at once, `others` too: whoever repairs a checkpoint wants to do it once."""
+    faults = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    faults += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in expected]
     faults += [
-        _unreadable(name, tensors[name]) for name in tensors if name in known and _unreadable(name, tensors[name])
+        f"misshapen: {name} is {found[name]}, config.json makes it {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
     ]
+    faults += others
     if faults:
         raise CheckpointError(f"{folder} does not fit its config.json, {len(faults)} faults:\n  " + "\n  ".join(faults))
 
@@ -195,7 +229,7 @@ def _copies(cfg: Config) -> dict[str, str]:
 def _check_copies(tensors: Tensors, cfg: Config) -> None:
     """An MTP module's own embedding or head is not supported, so it must be the model's; likewise a tied head."""
     for name, original in _copies(cfg).items():
-        if name in tensors and not np.array_equal(tensors[name].read(), tensors[original].read()):
+        if name in tensors and not np.array_equal(_values(tensors, name), _values(tensors, original)):
             raise CheckpointError(f"{name} differs from {original}; a model in which they differ is not supported")
 
 

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.safetensors import Tensor, open_folder
 from jaxserve.layers.config import Config
-from jaxserve.layers.transformer import Model, model_params
-from jaxserve.parallel.errors import CheckpointError, ConfigError
+from jaxserve.layers.transformer import model_params
+from jaxserve.parallel.errors import CheckpointError, ConfigError, ShardingError
 from jaxserve.parallel.sharding import shardings
 from tests.layers.helpers import FAMILIES, GOLDEN_NAMES, GOLDENS, Weights, f64, published, random_model, raw_config
 from tests.oracles import reference
@@ -40,8 +40,11 @@ def assert_same(actual: Weights, expected: Weights) -> None:
         np.testing.assert_array_equal(actual[name], w, err_msg=name)
 
 
-def place(params: Model, rules: dict[str, Any]) -> Model:
-    return shardings(params, Mesh(np.array(jax.devices()).reshape(2, 4), ("node", "die")), rules)
+def mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("node", "die"))
+
+
+EXPERTS_SPLIT = {"e": ("node", "die")}
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -74,11 +77,11 @@ def test_what_is_saved_loads_to_the_same_bits_under_the_published_names(tmp_path
     assert_same(published(again), published(model))
 
 
-def quantized(tensors: Weights) -> tuple[Weights, Weights]:
-    """Codes and scales of all matrices that are published so, and the same values in float32."""
+def quantized(tensors: Weights, whole: tuple[str, ...] = ("embed_tokens", "lm_head")) -> tuple[Weights, Weights]:
+    """Codes and scales of all matrices but the router's and those that stay `whole`, and the same values in float32."""
     rng, codes, twin = np.random.default_rng(2), {}, {}
     for name, w in tensors.items():
-        if w.ndim < 2 or "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight"):
+        if w.ndim < 2 or name.endswith("mlp.gate.weight") or any(part in name for part in whole):
             codes[name] = twin[name] = w
             continue
         blocks = [-(-n // 128) for n in w.shape]
@@ -97,11 +100,23 @@ def blocky() -> tuple[dict[str, Any], Weights, Weights]:
     return raw, *quantized(published(random_model(Config.from_hf(raw), np.random.default_rng(3))))
 
 
+def test_rules_without_a_mesh_are_refused(write_folder, v3):
+    with pytest.raises(ShardingError, match=r"rules = .*need a mesh"):
+        hf.load(write_folder(*v3), rules=EXPERTS_SPLIT)
+
+
+def test_a_mesh_without_rules_gives_every_device_all_weights(write_folder, v3):
+    _, model = hf.load(write_folder(*v3), mesh=mesh())
+    assert {(leaf.sharding.num_devices, leaf.sharding.is_fully_replicated) for leaf in jax.tree.leaves(model)} == {
+        (8, True)
+    }
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_block_fp8_loads_to_codes_times_their_blocks_scale(write_folder, blocky, split):
     raw, codes, twin = blocky
-    placement = place(model_params(Config.from_hf(raw)), {"e": ("node", "die"), "h": "die"}) if split else None
-    _, model = hf.load(write_folder(raw | FP8, codes), placement=placement)
+    places = {"mesh": mesh(), "rules": EXPERTS_SPLIT | {"h": "die"}} if split else {}
+    _, model = hf.load(write_folder(raw | FP8, codes), **places)
     assert_same(published(model), twin)
 
 
@@ -122,11 +137,11 @@ def test_fp8_of_a_vector_is_refused_by_name(write_folder, v3):
 def test_loading_onto_eight_devices_gives_the_values_of_one(write_folder):
     raw = raw_config("deepseek_v3", num_hidden_layers=2, num_attention_heads=8, vocab_size=96)
     tensors = published(random_model(Config.from_hf(raw), np.random.default_rng(4)))
-    params = model_params(Config.from_hf(raw))
-    placement = place(params, {"e": ("node", "die"), "h": "die", "u": "node"})
-    _, model = hf.load(write_folder(raw, tensors), placement=placement)
+    rules = EXPERTS_SPLIT | {"h": "die", "u": "node"}
+    cfg, model = hf.load(write_folder(raw, tensors), mesh=mesh(), rules=rules)
     assert_same(published(model), tensors)
-    for array, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(placement), strict=True):
+    expected = shardings(model_params(cfg), mesh(), rules)
+    for array, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
         assert array.sharding == sharding
 
 
@@ -141,7 +156,7 @@ def test_a_device_reads_its_own_experts_and_no_others(write_folder, v3, monkeypa
         return read(tensor)
 
     monkeypatch.setattr(Tensor, "read", counted)
-    hf.load(folder, placement=place(model_params(Config.from_hf(raw)), {"e": ("node", "die")}))
+    hf.load(folder, mesh=mesh(), rules=EXPERTS_SPLIT)
     experts = [name for name in tensors if ".experts." in name]
     assert len(experts) == 2 * 8 * 3
     assert {reads[name] for name in experts} == {1}
@@ -165,11 +180,13 @@ def test_the_mtp_module_loads_where_it_is_there(write_folder, v3):
     np.testing.assert_array_equal(model.mtp[0].w_join, tensors[f"{MTP}.eh_proj.weight"])
 
 
-def test_an_mtp_module_that_is_announced_and_absent_is_left_out_with_a_warning(write_folder, v3):
+@pytest.mark.parametrize("split", [False, True])
+def test_an_mtp_module_that_is_announced_and_absent_is_left_out_with_a_warning(write_folder, v3, split):
+    places = {"mesh": mesh(), "rules": EXPERTS_SPLIT} if split else {}
     raw, tensors = v3
     main = {name: w for name, w in tensors.items() if not name.startswith(MTP)}
     with pytest.warns(UserWarning, match=rf"announces 1 MTP layer\(s\).*no {MTP}\.\*"):
-        cfg, model = hf.load(write_folder(raw, main))
+        cfg, model = hf.load(write_folder(raw, main), **places)
     assert cfg.mtp_layers == len(model.mtp) == 0
     assert_same(published(model), main)
 
@@ -181,6 +198,35 @@ def test_copies_of_embedding_and_head_in_the_mtp_module_are_accepted(write_folde
     raw, tensors = v3
     _, model = hf.load(write_folder(raw, tensors | {copy: tensors[name] for copy, name in COPIES.items()}))
     assert_same(published(model), tensors)
+
+
+@pytest.fixture(scope="module")
+def doubled(blocky) -> tuple[dict[str, Any], Weights, Weights]:
+    """The same in FP8, embedding and head too, and copies of these two with their scales in the MTP module."""
+    raw, _, twin = blocky
+    codes, values = quantized(twin, whole=())
+    copies = {copy + end: codes[name + end] for copy, name in COPIES.items() for end in ("", "_scale_inv")}
+    return raw | FP8, codes | copies, values
+
+
+def test_copies_in_fp8_are_accepted_with_their_scales(write_folder, doubled):
+    raw, codes, values = doubled
+    assert_same(published(hf.load(write_folder(raw, codes))[1]), values)
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("end", ["", "_scale_inv"])
+def test_a_copy_in_fp8_with_other_codes_or_scales_is_refused(write_folder, doubled, copy, end):
+    raw, codes, _ = doubled
+    with pytest.raises(CheckpointError, match=f"{copy} differs from {COPIES[copy]}"):
+        hf.load(write_folder(raw, codes | {copy + end: (2 * f64(codes[copy + end])).astype(codes[copy + end].dtype)}))
+
+
+def test_a_copy_in_fp8_without_its_scale_names_the_scale(write_folder, doubled):
+    raw, codes, _ = doubled
+    lacking = {name: w for name, w in codes.items() if name != f"{MTP}.shared_head.head.weight_scale_inv"}
+    with pytest.raises(CheckpointError, match=rf"missing: {MTP}.shared_head.head.weight_scale_inv \(1, 2\)"):
+        hf.load(write_folder(raw, lacking))
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -238,10 +284,10 @@ def test_every_expert_that_is_not_finite_is_named_and_no_other(write_folder, v3,
     """Spread over devices, the first part to be read that has one."""
     raw, tensors = v3
     names = [GATE.replace("5", str(i)) for i in (2, 7)]
-    placement = place(model_params(Config.from_hf(raw)), {"e": ("node", "die")}) if split else None
+    places = {"mesh": mesh(), "rules": EXPERTS_SPLIT} if split else {}
     named = names[0] if split else ", ".join(names)
     with pytest.raises(CheckpointError, match=rf": {named} has values"):
-        hf.load(write_folder(raw, tensors | {name: np.nan * tensors[name] for name in names}), placement=placement)
+        hf.load(write_folder(raw, tensors | {name: np.nan * tensors[name] for name in names}), **places)
 
 
 @pytest.mark.parametrize("name", [QUERY, GATE, f"{MTP}.embed_tokens.weight"])

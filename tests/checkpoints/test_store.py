@@ -5,9 +5,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jaxserve.checkpoints import hf, store
-from jaxserve.layers.transformer import model_params
-from jaxserve.parallel.errors import CheckpointError
-from jaxserve.parallel.sharding import shardings
+from jaxserve.parallel.errors import CheckpointError, ShardingError
 from tests.oracles import goldens_folder
 
 NAME = "deepseek_v3"
@@ -31,16 +29,15 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_what_was_saved_on_one_device_restores_on_others_with_the_same_values(saved, count):
     folder, cfg, model = saved
-    placement = shardings(model_params(cfg), mesh(count), RULES)
-    restored_cfg, restored = store.restore(folder, jnp.float32, placement)
+    restored_cfg, restored = store.restore(folder, jnp.float32, mesh(count), RULES)
     assert restored_cfg == cfg
     assert restored.layers[1].ffn.experts.w_up.sharding.num_devices == count
     jax.tree.map(np.testing.assert_array_equal, restored, model)
 
 
 def test_what_was_saved_on_four_devices_restores_on_one(saved, tmp_path):
-    folder, cfg, model = saved
-    spread = store.restore(folder, jnp.float32, shardings(model_params(cfg), mesh(4), RULES))[1]
+    folder, _, model = saved
+    spread = store.restore(folder, jnp.float32, mesh(4), RULES)[1]
     store.save(tmp_path / "again", spread, folder)
     jax.tree.map(np.testing.assert_array_equal, store.restore(tmp_path / "again", jnp.float32)[1], model)
 
@@ -55,6 +52,37 @@ def test_nothing_is_overwritten(saved):
     folder, _, model = saved
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         store.save(folder, model, goldens_folder() / NAME)
+
+
+def test_a_file_in_the_folder_s_place_is_left_alone(saved, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="file exists and is a file"):
+        store.save(tmp_path / "file", saved[2], saved[0])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_rules_without_a_mesh_are_refused(saved):
+    with pytest.raises(ShardingError, match=r"rules = .*need a mesh"):
+        store.restore(saved[0], jnp.float32, rules=RULES)
+
+
+def test_progress_rises_layer_by_layer_to_all_bytes(saved):
+    calls: list[tuple[int, int]] = []
+    _, model = store.restore(saved[0], jnp.bfloat16, progress=lambda done, total: calls.append((done, total)))
+    done = [so_far for so_far, _ in calls]
+    assert len(calls) > len(model.layers) and done == sorted(set(done))
+    assert {total for _, total in calls} == {done[-1]} == {sum(leaf.nbytes for leaf in jax.tree.leaves(model))}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("count", [1, 4])
+def test_weights_that_are_not_finite_are_named(saved, tmp_path, value, count):
+    folder, _, model = saved
+    first, *others = model.layers
+    broken = model._replace(layers=(first._replace(attn_norm=first.attn_norm.at[-1].set(value)), *others))
+    store.save(tmp_path / "broken", broken, folder)
+    with pytest.raises(CheckpointError, match=r": layers\.0\.attn_norm has values that are NaN or infinite in float32"):
+        store.restore(tmp_path / "broken", jnp.float32, mesh(count), RULES)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(saved, tmp_path):
