@@ -17,6 +17,8 @@ def locate(model: str | Path | None, wanted: tuple[str, ...] = WANTED) -> Path:
     """
     if model is None:
         return EMBEDDED
+    if not str(model):  # as a path it would be the folder one stands in
+        raise CheckpointError("model = '' is neither a folder nor a name on the hub; None is the embedded model")
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -34,7 +36,8 @@ def _fetch(name: str, wanted: tuple[str, ...]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(wanted)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         raise CheckpointError(
-            f"{name} is no folder here, and could not be fetched from the hub ({type(error).__name__}: {error}). "
+            f"{name} is no folder here, and could not be fetched from the hub ({type(error).__name__}: {reason}). "
             "Check the name and the network, or name a folder."
-        ) from None
+        ) from error
