@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from jaxtyping import Array, Float, Int
+from rich.console import Console
+from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from jaxserve.checkpoints import hf
@@ -94,11 +96,16 @@ def windows(ids: np.ndarray, begin: int) -> list[Window]:
     return cut
 
 
+def contiguous(tokens_st: Int[Array, "s t"]) -> Batch:
+    """Whole sequences from their first token on, in a cache of one page a sequence."""
+    s, t = tokens_st.shape
+    return Batch(tokens_st.reshape(-1), jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
+
+
 def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Score:
     """Runs whole windows through the model and its MTP module."""
     s, t = tokens_st.shape[0], tokens_st.shape[1] - 1
-    inputs, following = tokens_st[:, :-1].reshape(-1), tokens_st[:, 1:].reshape(-1)
-    batch = Batch(inputs, jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
+    batch, following = contiguous(tokens_st[:, :-1]), tokens_st[:, 1:].reshape(-1)
     out = forward(model, batch, zeros(cache_params(cfg, s, t)), cfg)
     ahead = draft(model, model.mtp[0], out.hidden_td, batch._replace(tokens_t=following), out.cache[-1], cfg)
     scores_tu = logits(model, out.hidden_td)
@@ -111,15 +118,9 @@ def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Score:
 def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show: Show = lambda done, total: None) -> Report:
     """Scores all held-out modules of the running interpreter's library; `show` is told the windows done and in all."""
     training, held_out = corpus.split(corpus.modules())
-    documents, begin = corpus.encode(tokenizer, held_out), cast(int, tokenizer.token_to_id(corpus.BEGIN))
-    cut = [window for ids in documents for window in windows(ids, begin)]
-    run = jax.jit(score, static_argnums=2)
-    sums = Tally(0.0, 0, 0, 0, 0)
-    for i in range(0, len(cut), ROWS):
-        part = Window(*(np.stack(column) for column in zip(*_filled(cut[i : i + ROWS]), strict=True)))
-        sums = sums.plus(tally(part, run(model, jnp.asarray(part.tokens), cfg)))
-        show(min(i + ROWS, len(cut)), len(cut))
-    size = sum(len(m.text.encode()) for m in held_out)
+    begin = cast(int, tokenizer.token_to_id(corpus.BEGIN))
+    documents, size = corpus.encode(tokenizer, held_out), sum(len(m.text.encode()) for m in held_out)
+    sums = total([window for ids in documents for window in windows(ids, begin)], model, cfg, show)
     baseline = ngram.fit(corpus.encode(tokenizer, training), cfg.vocab_size, bos=begin)
     rival = -sum(float(ngram.log2_probabilities(baseline, ids).sum()) for ids in documents) / size
     return Report(
@@ -132,6 +133,16 @@ def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show: Show = lambd
         next_token_accuracy=sums.right / sums.tokens,
         mtp_acceptance=sums.agreed / sums.drafted,
     )
+
+
+def total(cut: list[Window], model: Model, cfg: Config, show: Show) -> Tally:
+    """Scores windows, ROWS at a time, and adds up what counts."""
+    run, sums = jax.jit(score, static_argnums=2), Tally(0.0, 0, 0, 0, 0)
+    for i in range(0, len(cut), ROWS):
+        part = Window(*(np.stack(column) for column in zip(*_filled(cut[i : i + ROWS]), strict=True)))
+        sums = sums.plus(tally(part, run(model, jnp.asarray(part.tokens), cfg)))
+        show(min(i + ROWS, len(cut)), len(cut))
+    return sums
 
 
 def tally(part: Window, got: Score) -> Tally:
@@ -160,7 +171,10 @@ def main(
 ) -> None:
     """Prints held-out bits per byte, accuracy and MTP acceptance as JSON."""
     cfg, model = hf.load(folder)
-    report = evaluate(model, cfg, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("scoring windows", total=None)
+        report = evaluate(model, cfg, tokenizer, lambda done, total: bar.update(task, completed=done, total=total))
     typer.echo(json.dumps(report._asdict(), indent=2))
 
 

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,3 +63,32 @@ def test_a_last_batch_that_is_not_full_counts_nothing_twice():
     filled = evaluate._filled(rows)
     assert len(filled) == evaluate.ROWS
     assert sum(w.counted.sum() for w in filled) == 9
+
+
+def test_the_total_is_the_sum_of_the_windows_and_is_told_as_it_grows(key, monkeypatch):
+    monkeypatch.setattr(evaluate, "WINDOW", 8)
+    monkeypatch.setattr(evaluate, "FRESH", 4)
+    model = initialize(model_params(TINY), key)
+    cut = evaluate.windows(np.asarray(jax.random.randint(key, (25,), 1, 97)), begin=0)
+    alone = [evaluate.score(model, jnp.asarray(w.tokens[None]), TINY) for w in cut]
+    parts = [evaluate.tally(evaluate.Window(*(c[None] for c in w)), s) for w, s in zip(cut, alone, strict=True)]
+    calls: list[tuple[int, int]] = []
+    sums = evaluate.total(cut, model, TINY, lambda *call: calls.append(call))
+    assert sums[1:] == tuple(sum(column) for column in zip(*parts, strict=True))[1:]
+    assert sums.bits == pytest.approx(sum(part.bits for part in parts), rel=1e-5)
+    assert sums.tokens == 25
+    assert calls == [(4, 6), (6, 6)]
+
+
+def test_the_command_prints_json_alone_and_shows_its_progress_on_standard_error(monkeypatch, capsys):
+    report = evaluate.Report(1, 2, 3, 4.0, 5.0, 0.2, 0.6, 0.7)
+
+    def measured(model, cfg, tokenizer, show):
+        show(4, 4)
+        return report
+
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    evaluate.main()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == report._asdict()
+    assert "scoring windows" in printed.err and "100%" in printed.err
