@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.embedded import corpus
 from jaxserve.checkpoints.embedded.evaluate import Report, evaluate
-from jaxserve.checkpoints.embedded.train import CONFIG, train
+from jaxserve.checkpoints.embedded.train import CONFIG, CURVE, checkpoint_at, train
 from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model, model_params
@@ -40,9 +40,7 @@ def export(
     shutil.copy(run / "tokenizer.json", out)
     settings = {"bos_token": corpus.BEGIN, "eos_token": corpus.END, "add_bos_token": True, "chat_template": TEMPLATE}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    points = [
-        point for line in (run / "curve.jsonl").read_text().splitlines() if (point := json.loads(line))["step"] <= at
-    ]
+    points = [p for line in (run / CURVE).read_text().splitlines() if (p := json.loads(line))["step"] <= at]
     plot(points, curve)
     report = evaluate(hf.load(out)[1], cfg, Tokenizer.from_file(str(out / "tokenizer.json")))
     (out / "README.md").write_text(card(report, points[-1], sum(p.size for p in jax.tree.leaves(kinds))))
@@ -53,12 +51,14 @@ def trained_weights(run: Path, step: int | None) -> tuple[int, Model]:
     """The weights of a checkpoint, the newest by default, and its step."""
     params = model_params(Config.from_hf(CONFIG))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = abstract(params, jax.tree.map(lambda _: here, params))
-    with ocp.CheckpointManager((run / "checkpoints").absolute()) as checkpoints:
-        at = step or checkpoints.latest_step()
+    target = {"params": abstract(params, jax.tree.map(lambda _: here, params))}  # and no state of the optimizer
+    places = ocp.checkpoint_utils.construct_restore_args(target)
+    options = ocp.CheckpointManagerOptions(create=False)
+    with ocp.CheckpointManager((run / "checkpoints").absolute(), options=options) as checkpoints:
+        at = checkpoint_at(checkpoints, step)
         if at is None:
             raise CheckpointError(f"{run} has no checkpoints; train first: python -m {train.__module__} {run}")
-        arguments = ocp.args.PyTreeRestore({"params": target}, partial_restore=True)
+        arguments = ocp.args.PyTreeRestore(target, restore_args=places, partial_restore=True)
         return at, checkpoints.restore(at, args=arguments)["params"]
 
 

@@ -4,9 +4,20 @@ Runs on any JAX backend, saves as it goes and continues where it stopped. The le
 at the end (arXiv:2404.06395), so that a longer run continues from a checkpoint before the decay. Matrices are trained
 with Muon (arXiv:2502.16982), the rest with Adam; experts are balanced without a loss, by their selection bias
 (arXiv:2408.15664).
+
+The model that ships was trained in three stages, on sequences that grow while the tokens of an update stay:
+
+    python -m jaxserve.checkpoints.embedded.train runs/embedded --steps 800 --decay 0 --length 256 --batch 8
+    python -m jaxserve.checkpoints.embedded.train runs/embedded --steps 2000 --decay 0 --length 512 --batch 4
+    python -m jaxserve.checkpoints.embedded.train runs/embedded --steps 2800 --decay 800 --length 1024 --batch 2
+    python -m jaxserve.checkpoints.embedded.export runs/embedded
+
+These commands give its like, not its bits: its first stage had a BIAS_SPEED of 0.001, under which the busiest expert
+kept more than three times the mean load.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
 
@@ -22,10 +33,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from jaxserve.checkpoints.embedded import corpus
-from jaxserve.layers.batch import Batch
+from jaxserve.checkpoints.embedded.evaluate import contiguous
 from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import draft
 from jaxserve.layers.transformer import Model, cache_params, forward, logits, model_params
+from jaxserve.parallel.errors import CheckpointError
 from jaxserve.parallel.sharding import Param, initialize, zeros
 
 CONFIG: dict[str, Any] = {
@@ -69,20 +81,17 @@ CONFIG: dict[str, Any] = {
 MTP_WEIGHT = 0.3  # of the loss (arXiv:2412.19437, section 4.2)
 BIAS_SPEED = 0.005  # of an expert's selection bias, per step; more than for a run of a million steps
 WARMUP_STEPS = 100
+CURVE = "curve.jsonl"
+AHEAD = 2  # tokens of a window after its last position: what that predicts, and what its MTP module does
+PROBE_LENGTH, PROBE_BATCH = 256, 48  # of the held-out sequences that every point of the curve is measured on
 
 
 class Losses(NamedTuple):
-    """Mean cross entropies of a step, in nats per token, and the experts' loads."""
+    """Mean cross entropies of an update, in nats per token, and the experts' loads."""
 
     main: Float[Array, ""]
     mtp: Float[Array, ""]
     load_le: Int[Array, "l e"]  # the MTP module's row last
-
-
-def contiguous(tokens_st: Int[Array, "s t"]) -> Batch:
-    """Whole sequences from their first token on, in a cache of one page a sequence."""
-    s, t = tokens_st.shape
-    return Batch(tokens_st.reshape(-1), jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
 
 
 def losses(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Losses:
@@ -156,11 +165,27 @@ def _muon_axes(param: Param) -> optax.contrib.MuonDimensionNumbers | None:
     return optax.contrib.MuonDimensionNumbers(everything[outputs:], everything[:outputs])
 
 
+class Update(NamedTuple):
+    """What an update leaves."""
+
+    step: int  # updates so far
+    state: TrainState
+    losses: Losses  # of the text it learned from
+
+
+def updates(state: TrainState, windows: "Windows", steps: int, cfg: Config) -> Iterator[Update]:
+    """Trains until there are `steps` updates. DONATES each state, so it must be read before the next is asked for."""
+    update = jax.jit(train_step, static_argnums=2, donate_argnums=0)
+    for step in range(int(state.step), steps):
+        state, parts = update(state, jnp.asarray(windows.at(step)), cfg)
+        yield Update(step + 1, state, parts)
+
+
 class Windows(NamedTuple):
     """The training text as one stream, and how it is cut."""
 
     stream: np.ndarray  # all modules, each between BEGIN and END
-    length: int  # tokens of a window, two more than positions
+    length: int  # tokens of a window, AHEAD more than positions
     batch: int
 
     def at(self, step: int) -> np.ndarray:
@@ -182,56 +207,95 @@ def stream(tokenizer: Tokenizer, found: list[corpus.Module]) -> np.ndarray:
     return np.concatenate([part for ids in corpus.encode(tokenizer, found) for part in (begin, ids, end)])
 
 
-def prepare(out: Path) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
-    """The tokenizer (trained once and kept in `out`) and the streams of training and held-out text."""
+def prepare(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The streams of training and of held-out text, by a tokenizer that is trained once and kept in `out`."""
     training, held_out = corpus.split(corpus.modules())
     path = out / "tokenizer.json"
     if not path.exists():
         out.mkdir(parents=True, exist_ok=True)
         corpus.train_tokenizer([m.text for m in training]).save(str(path))
     tokenizer = Tokenizer.from_file(str(path))
-    return tokenizer, stream(tokenizer, training), stream(tokenizer, held_out)
+    return stream(tokenizer, training), stream(tokenizer, held_out)
 
 
 def train(
     out: Annotated[Path, typer.Argument(help="Folder of checkpoints, curve and tokenizer; an earlier run continues.")],
-    steps: Annotated[int, typer.Option(help="Updates in all.")] = 6000,
-    decay: Annotated[int, typer.Option(help="Updates at the end during which the learning rate falls.")] = 1200,
+    steps: Annotated[int, typer.Option(help="Updates in all.")] = 2800,
+    decay: Annotated[int, typer.Option(help="Updates at the end during which the learning rate falls.")] = 800,
     rate: Annotated[float, typer.Option(help="Learning rate between warm-up and decay.")] = 4e-3,
-    batch: Annotated[int, typer.Option(help="Sequences of an update.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
-    every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 200,
-    start: Annotated[int | None, typer.Option(help="Continue from this checkpoint, not from the newest.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences of an update.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    every: Annotated[int, typer.Option(help="Updates between checkpoints.")] = 100,
+    start: Annotated[
+        int | None,
+        typer.Option(help="Continue from this checkpoint, not from the newest; what the run has after it is DELETED."),
+    ] = None,
 ) -> None:
     """Trains the embedded model on the standard library of this Python."""
     cfg = Config.from_hf(CONFIG)
-    _, training, held_out = prepare(out)
-    windows = Windows(training, length + 2, batch)
-    probe = jnp.asarray(Windows(held_out, 258, 48).at(0))
-    update = jax.jit(train_step, static_argnums=2, donate_argnums=0)
-    measure = jax.jit(losses, static_argnums=2)
-    checkpoints = ocp.CheckpointManager(out.absolute() / "checkpoints")
-    state = resume(checkpoints, optimizer(model_params(cfg), rate, steps, decay), cfg, start)
-    with progress() as bar, (out / "curve.jsonl").open("a") as curve:
+    training, held_out = prepare(out)
+    windows = Windows(training, length + AHEAD, batch)
+    probe = jnp.asarray(Windows(held_out, PROBE_LENGTH + AHEAD, PROBE_BATCH).at(0))
+    tx = optimizer(model_params(cfg), rate, steps, decay)
+    with ocp.CheckpointManager(out.absolute() / "checkpoints") as checkpoints, progress() as bar:
+        state = resume(checkpoints, out / CURVE, tx, cfg, start)
         task = bar.add_task("training", total=steps, completed=int(state.step), note="compiling")
-        for step in range(int(state.step), steps):
-            state, parts = update(state, jnp.asarray(windows.at(step)), cfg)
-            if (step + 1) % every == 0 or step + 1 == steps:
-                checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
-                held = measure(state.params, probe, cfg)
-                print(json.dumps(_point(step + 1, length * batch, parts, held)), file=curve, flush=True)
-            if step % 10 == 0:
-                note = f"loss {parts.main:.3f}, draft {parts.mtp:.3f} nats/token"
-                bar.update(task, completed=step + 1, note=note)
-    checkpoints.wait_until_finished()
+        for update in updates(state, windows, steps, cfg):
+            if update.step % every == 0 or update.step == steps:
+                save(checkpoints, update)
+                record(out / CURVE, update, length * batch, probe, cfg)
+            if update.step % 10 == 1:
+                note = f"loss {update.losses.main:.3f}, draft {update.losses.mtp:.3f} nats/token"
+                bar.update(task, completed=update.step, note=note)
 
 
-def resume(checkpoints: ocp.CheckpointManager, tx: Any, cfg: Config, start: int | None) -> TrainState:
-    """The state of the checkpoint `start`, or of the newest, or a new one if there is none."""
+def resume(checkpoints: ocp.CheckpointManager, curve: Path, tx: Any, cfg: Config, start: int | None) -> TrainState:
+    """The state of the checkpoint `start`, or of the newest, or a new one if there is none; nothing later is kept."""
     params = initialize(model_params(cfg), jax.random.key(0))
     state = TrainState.create(apply_fn=forward, params=params, tx=tx)
-    at = checkpoints.latest_step() if start is None else start
-    return state if at is None else cast(TrainState, checkpoints.restore(at, args=ocp.args.StandardRestore(state)))
+    at = checkpoint_at(checkpoints, start)
+    if at is not None:
+        state = cast(TrainState, checkpoints.restore(at, args=ocp.args.StandardRestore(state)))
+    forget(checkpoints, curve, later_than=at or 0)
+    return state
+
+
+def checkpoint_at(checkpoints: ocp.CheckpointManager, step: int | None) -> int | None:
+    """`step`, which must be that of a checkpoint, or without it the newest; None if there is none at all."""
+    there = sorted(checkpoints.all_steps())
+    if step is not None and step not in there:
+        named = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"{checkpoints.directory} has no checkpoint {step}; name one that is there: {named}")
+    return checkpoints.latest_step() if step is None else step
+
+
+def forget(checkpoints: ocp.CheckpointManager, curve: Path, later_than: int) -> None:
+    """Deletes later checkpoints, which orbax would keep new ones from being saved for, and later points of the curve.
+
+    A run that was killed can leave a point whose checkpoint was not yet written.
+    """
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        if step > later_than:
+            checkpoints.delete(step)
+    if curve.exists():
+        kept = [line for line in curve.read_text().splitlines() if json.loads(line)["step"] <= later_than]
+        curve.write_text("".join(line + "\n" for line in kept))
+
+
+def save(checkpoints: ocp.CheckpointManager, update: Update) -> None:
+    """Saves a checkpoint; raises CheckpointError where orbax says that it did not."""
+    if not checkpoints.save(update.step, args=ocp.args.StandardSave(update.state)):
+        raise CheckpointError(
+            f"{checkpoints.directory}: checkpoint {update.step} was not saved; the newest there is "
+            f"{checkpoints.latest_step()}, and a new one must be later"
+        )
+
+
+def record(curve: Path, update: Update, tokens: int, probe: Int[Array, "s t"], cfg: Config) -> None:
+    """Adds a point to the curve: an update has so many `tokens`; `probe` is held-out text."""
+    held = jax.jit(losses, static_argnums=2)(update.state.params, probe, cfg)
+    with curve.open("a") as file:
+        print(json.dumps(_point(update.step, tokens, update.losses, held)), file=file)
 
 
 def _point(step: int, tokens: int, parts: Losses, held: Losses) -> dict[str, Any]:

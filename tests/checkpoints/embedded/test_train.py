@@ -1,29 +1,31 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
-from jaxserve.checkpoints.embedded import corpus, train
+from jaxserve.checkpoints.embedded import train
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import model_params
+from jaxserve.parallel.errors import CheckpointError
 from jaxserve.parallel.sharding import initialize
 from tests.layers.helpers import published, raw_config
 from tests.oracles import reference
 
 TINY = Config.tiny("deepseek_v3", num_hidden_layers=2)
-MODULES = [
-    corpus.Module(name, f"def {name}(x):\n    return x + {i}\n" * 40) for i, name in enumerate("abcdefghijklmnop")
-]
 
 
-@pytest.fixture
-def optax_promotes():
-    """Optax relies on JAX's implicit promotion of dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+def points(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / train.CURVE).read_text().splitlines()]
+
+
+def saved(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
 def test_the_model_has_the_promised_structure_and_size():
@@ -75,14 +77,46 @@ def test_windows_are_a_function_of_the_step_and_cover_the_text_once_an_epoch():
     assert all((np.diff(row) == 1).all() for row in windows.at(3))
 
 
-def test_a_run_saves_and_continues_where_it_stopped(tmp_path, monkeypatch, optax_promotes):
-    small = raw_config("deepseek_v3", num_hidden_layers=2, vocab_size=corpus.VOCABULARY)
-    monkeypatch.setattr(train, "CONFIG", small)
-    monkeypatch.setattr(train, "optimizer", lambda *_: optax.sgd(0.1))  # compiles in a moment
-    monkeypatch.setattr(corpus, "modules", lambda: MODULES)
-    options = {"decay": 1, "rate": 1e-3, "batch": 2, "length": 16, "every": 2, "start": None}
+def test_a_run_saves_and_continues_where_it_stopped(run_of, tmp_path):
     for steps in (2, 4):
-        train.train(tmp_path, steps=steps, **options)
-    lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["tokens"]) for line in lines] == [(2, 64), (4, 128)]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+        run_of(tmp_path, steps)
+    assert [(point["step"], point["tokens"]) for point in points(tmp_path)] == [(2, 64), (4, 128)]
+    assert saved(tmp_path) == ["2", "4"]
+
+
+def test_starting_at_a_checkpoint_repeats_what_follows_and_keeps_nothing_of_what_followed(run_of, tmp_path):
+    run_of(tmp_path, 6)
+    before = points(tmp_path)
+    run_of(tmp_path, 4, start=2)
+    assert saved(tmp_path) == ["2", "4"]
+    assert points(tmp_path) == before[:2]
+    run_of(tmp_path, 6)
+    assert saved(tmp_path) == ["2", "4", "6"]
+    assert points(tmp_path) == before
+
+
+def test_starting_at_a_checkpoint_that_is_not_there_is_refused_and_deletes_nothing(run_of, tmp_path):
+    run_of(tmp_path, 4)
+    for missing in (0, 3):
+        with pytest.raises(CheckpointError, match=f"no checkpoint {missing}; name one that is there: 2, 4"):
+            run_of(tmp_path, 6, start=missing)
+    assert saved(tmp_path) == ["2", "4"] and len(points(tmp_path)) == 2
+
+
+def test_a_point_without_its_checkpoint_is_forgotten(run_of, tmp_path):
+    """A run that is killed while a checkpoint is written leaves one."""
+    run_of(tmp_path, 2)
+    curve = tmp_path / train.CURVE
+    curve.write_text(curve.read_text() + '{"step": 4, "train": 9.9}\n')
+    run_of(tmp_path, 4)
+    assert [point["step"] for point in points(tmp_path)] == [2, 4]
+    assert points(tmp_path)[1]["train"] < 9
+
+
+def test_a_checkpoint_that_orbax_does_not_save_raises(tmp_path):
+    state = train.TrainState.create(apply_fn=None, params={"w": jnp.ones(3)}, tx=optax.sgd(0.1))
+    none = train.Losses(jnp.float32(0), jnp.float32(0), jnp.zeros((1, 1), int))
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as checkpoints:
+        train.save(checkpoints, train.Update(4, state, none))
+        with pytest.raises(CheckpointError, match="checkpoint 2 was not saved; the newest there is 4"):
+            train.save(checkpoints, train.Update(2, state, none))
