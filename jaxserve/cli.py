@@ -145,13 +145,14 @@ def _load(model: str | None, dtype: str, max_model_len: int | None) -> "LLM":
 
         if obstacle := enable_cache():
             notes.print(f"warning: compiled programs can't be kept for the next time: {obstacle}", soft_wrap=True)
-        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        return LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, progress=progress)
+        show = lambda what, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        # One prompt needs few of the programs that many would.
+        return LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, warmup=False, progress=show)
 
 
 def _stream(prompt: str, llm: "LLM", params: SamplingParams) -> None:
     """Prints the prompt and what follows it as it comes, then how fast it was."""
-    from jaxserve.stopwatch import Memory, Stopwatch
+    from jaxserve.stopwatch import Stopwatch
 
     outputs = llm.stream(prompt, params)  # refuses what can't be served before anything is shown
     watch, reason = Stopwatch(), None
@@ -163,11 +164,10 @@ def _stream(prompt: str, llm: "LLM", params: SamplingParams) -> None:
             print(output.text, end="", flush=True)
     finally:
         print(flush=True)  # also after Ctrl-C
-    if reason == "length" and watch.tokens < params.max_tokens:
+    if reason == "length" and watch.tokens < (params.max_tokens or 0):
         cut = f"cut after {watch.tokens} of {params.max_tokens} tokens, for want of room; raise --max-model-len"
         notes.print(f"\nwarning: {cut}", soft_wrap=True)
-    memory = Memory(llm.engine.weight_bytes, llm.engine.cache_bytes)
-    notes.print(f"\n{watch.summary(memory)} | seed {params.seed}", style="dim", soft_wrap=True)
+    notes.print(f"\n{watch.summary(llm.engine.memory)} | seed {params.seed}", style="dim", soft_wrap=True)
 
 
 @app.command()

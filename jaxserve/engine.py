@@ -1,79 +1,112 @@
-"""The engine of one device: prompts wait, are prefilled in chunks, and decode together, each in a slot of its own."""
+"""The engine: plans a step, launches it, and reads the one before while the device works on it."""
 
-from collections import deque
-from dataclasses import dataclass
-from typing import NamedTuple
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.completion import Completion, ends
-from jaxserve.layers.batch import Batch
+from jaxserve import options as sizes
+from jaxserve.completion import Completion
+from jaxserve.counters import Counters
+from jaxserve.guidance import Guide, Guides
 from jaxserve.layers.config import Config
-from jaxserve.layers.dims import AnyArray
-from jaxserve.layers.sampling import Sampling
+from jaxserve.layers.sampling import Logprobs
 from jaxserve.layers.transformer import Model, cache_params
+from jaxserve.options import EngineConfig
+from jaxserve.packing import Packer, starts
+from jaxserve.pages import PagePool
 from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.sharding import zeros
-from jaxserve.request import MAX_LOGPROBS, Logprob, Output, Request, SamplingParams
-from jaxserve.steps import Chosen, Rows, decode, prefill
+from jaxserve.programs import Programs, Progress, Shapes, Tiles
+from jaxserve.request import Logprob, Output, Request, TokenLogprobs
+from jaxserve.scheduler import Chunk, Limits, Plan, Scheduler, Sequence
+from jaxserve.serving import Memory
+from jaxserve.slots import NONE_ALLOWED, NOT_FINITE, empty, mark
+from jaxserve.steps import Chosen, Gate, Prefilled, State, decode, prefill
+from jaxserve.table import OWN_ENDS, SlotTable
 from jaxserve.tokenizer import Tokenizer
 
-PAGE_SIZE = 64
-MAX_ENDS = 16
-"""Tokens that may end an answer: the model's own and the request's."""
-CHUNKS = (32, 128, 512)
-"""Sizes of a prefill chunk: a prompt is cut into the largest, its end goes into the smallest that holds it."""
+FAULTS = {
+    NOT_FINITE: "the model's scores are not finite; its weights may be damaged",
+    NONE_ALLOWED: "no token is allowed here by allowed_token_ids, bad_words and structured_outputs together",
+}
 
 
-class Running(NamedTuple):
-    """A request with a slot."""
+class Answer(NamedTuple):
+    """What the engine keeps of a sequence, beside what the scheduler does."""
 
-    request: Request
+    sequence: Sequence
     completion: Completion
+    guide: Guide | None
+    known: list[TokenLogprobs | None]  # of the prompt's tokens, as far as they have come
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """How much the engine holds."""
+class Launched(NamedTuple):
+    """A step on its way. A sequence's part counts if the sequence is still in the epoch it was launched in."""
 
-    max_num_seqs: int = 8  # sequences that decode together
-    max_model_len: int | None = None  # tokens of a prompt and its answer; None: the model's positions, at most 8192
-    seed: int = 0  # of the seeds of requests that have none
+    chunks: tuple[tuple[Chunk, int], ...]
+    prefilled: Prefilled | None
+    rows: tuple[tuple[Sequence, int], ...]
+    chosen: Chosen | None
+
+    @property
+    def last(self) -> Any:
+        """An array of the program that ends last."""
+        chosen = self.chosen or (self.prefilled and self.prefilled.chosen)
+        return chosen and chosen.count_s
 
 
 class Engine:
-    """Serves requests in the order they come; `Serving` says what its methods promise."""
+    """Serves requests on one device; `Serving` says what its methods promise."""
 
-    def __init__(self, model: Model, cfg: Config, tokenizer: Tokenizer, options: EngineConfig = EngineConfig()):
-        self.cfg = cfg
-        self.max_model_len = _max_model_len(cfg, options)
-        if options.max_num_seqs < 1:
-            raise RequestError(f"max_num_seqs = {options.max_num_seqs}: it must be 1 or more")
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: Model,
+        cfg: Config,
+        tokenizer: Tokenizer,
+        options: EngineConfig | None = None,
+        progress: Progress | None = None,
+    ):
+        """Takes the weights over, makes the cache, and compiles the steps; `progress` is told how far that is."""
+        self.cfg, self.options = cfg, (options := options or EngineConfig())
+        self.max_model_len, self.drafts = sizes.model_len(cfg, options), sizes.drafts(cfg, options)
+        self._model, self._tokenizer = jax.device_put(model, jax.devices()[0]), tokenizer
         self._eos_ids = frozenset([*cfg.eos_ids, *tokenizer.eos_ids])
+        self._guides = Guides(tokenizer, cfg.vocab_size, sorted(self._eos_ids))
         self._seeds = np.random.default_rng(options.seed)
-        pages = -(-self.max_model_len // PAGE_SIZE)
-        dtype = model.embed.dtype
-        self._cache = zeros(cache_params(cfg, options.max_num_seqs * pages, PAGE_SIZE, dtype))
-        self._pages = np.arange(options.max_num_seqs * pages, dtype=np.int32).reshape(-1, pages)
-        self._waiting: deque[Request] = deque()
-        self._slots: list[Running | None] = [None] * options.max_num_seqs
-        self._rows = _empty_rows(self._pages)
+        self._shapes = Shapes.of(options.max_num_batched_tokens, options.max_num_seqs)
+        pages = sizes.num_pages(cfg, options, model.embed.dtype)
+        pool = PagePool(pages, options.page_size, lookahead=min(1, self.drafts))
+        self._scheduler = Scheduler(pool, self._limits())
+        self._table = SlotTable(options.max_num_seqs, -(-self.max_model_len // options.page_size), self._eos_ids)
+        self._packer = Packer(self.drafts, cfg.vocab_size, options.max_num_seqs)
+        cache = zeros(cache_params(cfg, pages, options.page_size, model.embed.dtype))
+        self._state = State(empty(options.max_num_seqs, self.drafts, cfg.vocab_size), cache)
+        self._gate = Gate(jnp.float32(options.speculation_entropy), jnp.int32(options.speculation_max_seqs))
+        self._answers: dict[str, dict[int, Answer]] = {}
+        self._arrivals = 0
+        self._ongoing: Launched | None = None
+        self._came = 0.0  # when the step before was there
+        self._programs = Programs(self._lower)
+        if options.warmup:
+            self._programs.compile([*self._shapes.prefill, *self._shapes.decode], progress)
+        self.counters = Counters(pages=pages, accepted=[0] * self.drafts, compiled=len(self._programs))
 
     @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights on the device."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._model))
+    def memory(self) -> Memory:
+        size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+        return Memory(size(self._model), size(self._state))
 
     @property
-    def cache_bytes(self) -> int:
-        """Memory of the cache on the device."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._cache))
+    def busy(self) -> bool:
+        return bool(self._answers)
 
     def check(self, request: Request) -> None:
-        tokens, stops = request.prompt_token_ids, request.params.stop_token_ids
+        tokens, p = request.prompt_token_ids, request.params
         if not tokens:
             raise RequestError("the prompt has no tokens; give at least one (a begin-of-text token, say)")
         if len(tokens) >= self.max_model_len:
@@ -81,140 +114,234 @@ class Engine:
                 f"prompt has {len(tokens)} tokens; this engine accepts {self.max_model_len - 1} "
                 f"(max_model_len {self.max_model_len} less one). Raise max_model_len, or shorten the prompt."
             )
-        if len(ends(request, self._eos_ids)) > MAX_ENDS:
-            room = MAX_ENDS - len(self._eos_ids)
-            raise RequestError(f"stop_token_ids has {len(stops)} tokens; it must have at most {room}")
-        for name, ids in (("prompt_token_ids", tokens), ("stop_token_ids", stops)):
-            wrong = [t for t in ids if not 0 <= t < self.cfg.vocab_size]
+        stops = p.stop_token_ids or ()
+        if len(stops) > OWN_ENDS:
+            raise RequestError(f"stop_token_ids has {len(stops)} tokens; it must have at most {OWN_ENDS}")
+        named = {"stop_token_ids": stops, "allowed_token_ids": p.allowed_token_ids, "logit_bias": p.logit_bias}
+        for name, ids in {"prompt_token_ids": tokens, **named}.items():
+            wrong = [t for t in ids or () if not 0 <= t < self.cfg.vocab_size]
             if wrong:
                 raise RequestError(f"{name} has {wrong[0]}; the model's tokens are 0 to {self.cfg.vocab_size - 1}")
+        self._guides.make(p)  # refuses forms that can't be followed
 
     def add(self, request: Request) -> None:
         self.check(request)
-        self._waiting.append(request)
+        if request.id in self._answers:
+            raise RequestError(f"request id {request.id!r} is taken by a request that is not answered yet")
+        self._scheduler.check(request.params.n)
+        answers = [self._new(request, index) for index in range(request.params.n)]
+        self._answers[request.id] = {answer.sequence.index: answer for answer in answers}
+        for answer in answers:
+            self._scheduler.add(answer.sequence)
 
     def abort(self, request_id: str) -> None:
-        self._waiting = deque(r for r in self._waiting if r.id != request_id)
-        for slot, running in enumerate(self._slots):
-            if running and running.request.id == request_id:
-                self._free(slot)
+        for answer in self._answers.pop(request_id, {}).values():
+            self._scheduler.finish(answer.sequence)
 
     def step(self) -> list[Output]:
-        outputs = []
-        while self._waiting and None in self._slots:
-            outputs.append(self._start(self._waiting.popleft(), self._slots.index(None)))
-        busy = [slot for slot, running in enumerate(self._slots) if running]
-        return outputs + (self._decode(busy) if busy else [])
+        clock = [time.perf_counter()]
+        ongoing, self._ongoing = self._ongoing, self._launch(self._scheduler.schedule())
+        idle = ongoing is None or ongoing.last.is_ready()
+        clock.append(time.perf_counter())
+        if ongoing:
+            jax.block_until_ready(ongoing.last)
+        clock.append(time.perf_counter())
+        outputs = list(self._read(ongoing)) if ongoing else []
+        self._count(*clock, idle_since=(self._came if ongoing else clock[0]) if idle else clock[1])
+        return outputs
 
-    def _start(self, request: Request, slot: int) -> Output:
-        """Prefills a prompt and chooses its first token."""
-        room = self.max_model_len - len(request.prompt_token_ids)
-        running = Running(request, Completion(request, self._tokenizer.stream(), self._eos_ids, room))
-        self._slots[slot] = running
-        _write_row(self._rows, slot, request, self._eos_ids, self._seeds)
-        chosen = self._prefill(request, _part(self._rows, slice(slot, slot + 1)))
-        self._rows.tokens_s[slot] = np.asarray(chosen.tokens_s)[0]
-        return self._advance(slot, chosen, row=0)
+    def _limits(self) -> Limits:
+        o = self.options
+        return Limits(
+            slots=o.max_num_seqs,
+            tokens=o.max_num_batched_tokens,
+            tile=self._shapes.tile,
+            drafts=self.drafts,
+            queued=o.max_num_queued,
+            share=o.enable_prefix_caching,
+        )
 
-    def _prefill(self, request: Request, row: Rows) -> Chosen:
-        tokens, done = request.prompt_token_ids, 0
-        while True:
-            size = min(len(tokens) - done, CHUNKS[-1])
-            chunk = _chunk(tokens[done : done + size], done, row.pages_sp)
-            last = jnp.int32(size - 1)
-            row = row._replace(positions_s=np.array([done + size - 1], np.int32))
-            chosen, self._cache = prefill(
-                self._model, chunk, last, row, self._cache, cfg=self.cfg, top=self._top([request])
-            )
-            done += size
-            if done == len(tokens):
-                return chosen
+    def _new(self, request: Request, index: int) -> Answer:
+        p, prompt = request.params, request.prompt_token_ids
+        limit = min(self.max_model_len, len(prompt) + (p.max_tokens or self.max_model_len))
+        seed = p.seed if p.seed is not None else int(self._seeds.integers(2**32))
+        guide = self._guides.make(p)
+        sequence = Sequence(
+            request=request,
+            index=index,
+            seed=(seed + index) % 2**32,
+            limit=limit,
+            arrival=self._arrivals,
+            tokens=list(prompt),
+            by_host=guide is not None,
+            whole=p.prompt_logprobs is not None and index == 0,
+        )
+        self._arrivals += 1
+        stream = self._tokenizer.stream(p.skip_special_tokens)
+        return Answer(sequence, Completion(request, index, stream, self._eos_ids, limit - len(prompt)), guide, [])
 
-    def _decode(self, busy: list[int]) -> list[Output]:
-        """One token for every slot in use; computes the smallest power of two of slots that holds them."""
-        size = min(1 << busy[-1].bit_length(), len(self._slots)) if busy[-1] else 1
-        top = self._top([running.request for running in self._slots if running])
-        rows = _part(self._rows, slice(0, size))
-        chosen, self._cache = decode(self._model, rows, self._cache, cfg=self.cfg, top=top)
-        self._rows.tokens_s[busy] = np.asarray(chosen.tokens_s)[busy]
-        return [self._advance(slot, chosen, row=slot) for slot in busy]
+    # Launching a step: nothing is waited for.
 
-    def _top(self, requests: list[Request]) -> int | None:
-        """How many log-probabilities a step reports: all that may be asked for or none, for a program each."""
-        wanted = any(request.params.logprobs is not None for request in requests)
-        return min(MAX_LOGPROBS, self.cfg.vocab_size) if wanted else None
+    def _lower(self, shape: Tiles | int) -> Any:
+        """Traces the program of a shape."""
+        table, static = self._table.on_device(), {"cfg": self.cfg, "drafts": self.drafts}
+        if isinstance(shape, Tiles):
+            return prefill.lower(self._model, self._state, table, *self._packer.chunks([], shape, {}), **static)
+        return decode.lower(self._model, self._state, table, *self._packer.rows([], shape, {}), self._gate, **static)
 
-    def _advance(self, slot: int, chosen: Chosen, row: int) -> Output:
-        """Hands the slot's new token to its answer; the slot is free again if that ends it."""
-        running = self._slots[slot]
-        assert running is not None
-        request, completion = running
-        if not bool(chosen.finite_s[row]):
-            self._free(slot)
-            fault = "the model's scores are not finite; its weights may be damaged"
-            return Output(request.id, "", (), (), "error", fault)
-        self._rows.positions_s[slot] = len(request.prompt_token_ids) + completion.count
-        output = completion.push(int(chosen.tokens_s[row]), self._logprobs(request.params, chosen, row))
+    def _launch(self, plan: Plan) -> Launched | None:
+        if not (plan.chunks or plan.rows):
+            return None
+        for chunk in plan.chunks:
+            if chunk.first:
+                self._seat(chunk.sequence)
+        for s in (*(chunk.sequence for chunk in plan.chunks), *plan.rows):
+            self._table.pages(s)
+        guides = self._guides_of([*(c.sequence for c in plan.chunks if c.completes), *plan.rows])
+        prefilled = self._prefill(plan.chunks, guides) if plan.chunks else None
+        chosen = self._decode(plan.rows, guides) if plan.rows else None
+        chunks = tuple((chunk, chunk.sequence.epoch) for chunk in plan.chunks)
+        return Launched(chunks, prefilled, tuple((s, s.epoch) for s in plan.rows), chosen)
+
+    def _seat(self, s: Sequence) -> None:
+        """Tells the device of a sequence that has got a slot."""
+        p = s.request.params
+        bias_u = self._guides.bias(p)
+        self._table.start(s, biased=bias_u is not None)
+        if bias_u is None and not p.penalizes:
+            return
+        prompt, said = s.tokens[: s.num_prompt], s.tokens[s.num_prompt :]
+        size = self.cfg.vocab_size
+        counts_u = np.bincount(said, minlength=size).astype(np.int32)
+        prompt_u = np.bincount(prompt, minlength=size) > 0
+        marks = (np.int32(s.slot or 0), counts_u, prompt_u, np.zeros(size, np.float32) if bias_u is None else bias_u)
+        self._state = self._state._replace(slots=mark(self._state.slots, *jax.device_put(marks)))
+
+    def _guides_of(self, sequences: Iterable[Sequence]) -> dict[Sequence, Guide]:
+        found = ((s, self._answers[s.request.id][s.index].guide) for s in sequences if s.by_host)
+        return {s: guide for s, guide in found if guide is not None}
+
+    def _prefill(self, chunks: tuple[Chunk, ...], guides: dict[Sequence, Guide]) -> Prefilled:
+        shape = self._shapes.for_chunks(chunk.size for chunk in chunks)
+        pack, masks = self._packer.chunks(chunks, shape, guides)
+        result, self._state = self._programs[shape](self._model, self._state, self._table.on_device(), pack, masks)
+        return _send(result)
+
+    def _decode(self, rows: tuple[Sequence, ...], guides: dict[Sequence, Guide]) -> Chosen:
+        shape = self._shapes.for_rows(len(rows))
+        rows_s, masks = self._packer.rows(rows, shape, guides)
+        table = self._table.on_device()
+        result, self._state = self._programs[shape](self._model, self._state, table, rows_s, masks, self._gate)
+        return _send(result)
+
+    # Reading a step.
+
+    def _read(self, step: Launched) -> Iterable[Output]:
+        if step.prefilled is not None:
+            self._read_known(step.chunks, step.prefilled.known)
+            complete = [(chunk.sequence, epoch) for chunk, epoch in step.chunks if chunk.completes]
+            yield from self._read_rows(complete, step.prefilled.chosen, most=1)
+        if step.chosen is not None:
+            yield from self._read_rows(step.rows, step.chosen, most=1 + self.drafts)
+
+    def _read_rows(self, rows: Iterable[tuple[Sequence, int]], chosen: Chosen, most: int) -> Iterable[Output]:
+        """Adds to each answer what the step chose for it, if it still counts."""
+        tokens_sw, count_s, status_sw, drafts_sk = jax.device_get(chosen[:3] + chosen[4:5])
+        report = None
+        for row, (s, epoch) in enumerate(rows):
+            if s.epoch != epoch:
+                continue
+            count = int(count_s[row])
+            answer = self._answers[s.request.id][s.index]
+            if fault := status_sw[row, :count].max(initial=0):
+                yield self._fail(answer, FAULTS[int(fault)])
+                continue
+            found = []
+            if (wanted := s.request.params.logprobs) is not None:
+                report = report or Logprobs(*jax.device_get(tuple(chosen.report)))
+                found = [
+                    self._logprobs(report, (row, place), int(tokens_sw[row, place]), wanted) for place in range(count)
+                ]
+            if most > 1:
+                self._note_guesses(count, bool(chosen.wide))
+            self._scheduler.landed(s, most)
+            yield self._extend(answer, tokens_sw[row, :count].tolist(), found, drafts_sk[row].tolist())
+
+    def _extend(self, answer: Answer, tokens: list[int], found: list[TokenLogprobs], guesses: list[int]) -> Output:
+        s, completion, guide, known = answer
+        if guide is not None:
+            tokens = tokens[: guide.push(tokens)]
+            guide.guesses = guesses
+        begins = completion.count == 0
+        output = completion.push(tokens, found, over=guide is not None and guide.over)
+        self.counters.generated_tokens += len(output.token_ids)
+        self._scheduler.update(s, output.token_ids)
+        if begins:
+            scores = (None, *known) if s.whole else None
+            output = replace(output, prompt_logprobs=scores, num_cached_tokens=s.hit)
+            s.whole = False
         if output.finish_reason:
-            self._free(slot)
+            self._finish(answer)
         return output
 
-    def _logprobs(self, params: SamplingParams, chosen: Chosen, row: int) -> dict[int, Logprob] | None:
-        if params.logprobs is None or chosen.logprobs is None:
-            return None
-        sampled, rank, top, ids = (np.asarray(a)[row] for a in chosen.logprobs)
-        found = {int(chosen.tokens_s[row]): (float(sampled), int(rank))}
-        for place, (token, value) in enumerate(zip(ids[: params.logprobs], top, strict=False), start=1):
-            found.setdefault(int(token), (float(value), place))
+    def _fail(self, answer: Answer, fault: str) -> Output:
+        s = answer.sequence
+        self._scheduler.pool.retract(s.pages)
+        self._finish(answer)
+        return Output(s.request.id, s.index, finish_reason="error", error=fault)
+
+    def _finish(self, answer: Answer) -> None:
+        s = answer.sequence
+        self._scheduler.finish(s)
+        answers = self._answers[s.request.id]
+        del answers[s.index]
+        if not answers:
+            del self._answers[s.request.id]
+
+    def _read_known(self, chunks: tuple[tuple[Chunk, int], ...], known: Logprobs) -> None:
+        """Notes how probable the prompt's tokens were, where that is asked for."""
+        report = None
+        begins = starts([chunk for chunk, _ in chunks], self._shapes.for_chunks(c.size for c, _ in chunks))
+        for (chunk, epoch), begin in zip(chunks, begins, strict=True):
+            s, wanted = chunk.sequence, chunk.sequence.request.params.prompt_logprobs
+            if s.epoch != epoch or not s.whole or wanted is None:
+                continue
+            report = report or Logprobs(*jax.device_get(tuple(known)))
+            notes = self._answers[s.request.id][s.index].known
+            del notes[chunk.start :]  # of a run that was preempted
+            for place in range(chunk.start, min(chunk.end, s.num_prompt - 1)):
+                notes.append(self._logprobs(report, (begin + place - chunk.start,), s.tokens[place + 1], wanted))
+
+    def _logprobs(self, report: Logprobs, at: tuple[int, ...], token: int, wanted: int) -> TokenLogprobs:
+        """Of the token at a place, and of so many most probable ones there."""
+        chosen, rank, top, ids = (column[at] for column in report)
+        found = {token: (float(chosen), int(rank))}
+        for place, (other, value) in enumerate(zip(ids[:wanted], top, strict=False), start=1):
+            found.setdefault(int(other), (float(value), place))
         return {t: Logprob(value, place, self._tokenizer.decode([t], False)) for t, (value, place) in found.items()}
 
-    def _free(self, slot: int) -> None:
-        self._slots[slot] = None
-        self._rows.positions_s[slot] = -1
+    def _note_guesses(self, count: int, wide: bool) -> None:
+        self.counters.decoded_rows += 1
+        self.counters.wide_rows += wide
+        for place in range(count - 1):
+            self.counters.accepted[place] += 1
+
+    def _count(self, began: float, launched: float, come: float, idle_since: float) -> None:
+        now, c, s = time.perf_counter(), self.counters, self._scheduler
+        c.steps += 1
+        c.schedule_seconds += launched - began
+        c.device_seconds += come - launched
+        c.read_seconds += now - come
+        c.step_seconds += now - began
+        c.exposed_seconds += launched - idle_since
+        self._came = come
+        c.waiting, c.running, c.preemptions = s.num_waiting, len(s.running), s.preemptions
+        c.prompt_tokens, c.cached_tokens = s.queried, s.hit
+        c.pages_used, c.late_compiled = s.pool.used, self._programs.late
 
 
-def _max_model_len(cfg: Config, options: EngineConfig) -> int:
-    wanted = options.max_model_len
-    if wanted is None:
-        return min(cfg.max_positions, 8192)
-    if not 2 <= wanted <= cfg.max_positions:
-        raise RequestError(f"max_model_len = {wanted}: it must be from 2 to {cfg.max_positions}, the model's positions")
-    return wanted
-
-
-def _chunk(tokens: tuple[int, ...], start: int, pages_1p: AnyArray) -> Batch:
-    """A tile of a prompt, padded to one of the sizes in CHUNKS."""
-    size = next(c for c in CHUNKS if c >= len(tokens))
-    padding = size - len(tokens)
-    positions = np.arange(start, start + len(tokens), dtype=np.int32)
-    return Batch(
-        np.pad(np.asarray(tokens, np.int32), (0, padding)),
-        np.pad(positions, (0, padding), constant_values=-1),
-        np.zeros(1, np.int32),
-        pages_1p,
-    )
-
-
-def _empty_rows(pages_sp: np.ndarray) -> Rows:
-    """Rows on the host, written in place as requests come and go."""
-    s = pages_sp.shape[0]
-    zero = lambda dtype: np.zeros(s, dtype)  # noqa: E731
-    sampling = Sampling(zero(np.float32), zero(np.int32), zero(np.float32), zero(np.float32), zero(np.uint32))
-    ends_sk = np.full((s, MAX_ENDS), -1, np.int32)
-    return Rows(zero(np.int32), np.full(s, -1, np.int32), pages_sp, sampling, ends_sk, zero(np.int32))
-
-
-def _write_row(rows: Rows, slot: int, request: Request, eos_ids: frozenset[int], seeds: np.random.Generator) -> None:
-    p, how = request.params, rows.sampling
-    seed = p.seed if p.seed is not None else int(seeds.integers(2**32))
-    for column, value in zip(how, (p.temperature, p.top_k, p.top_p, p.min_p, seed), strict=True):
-        column[slot] = value
-    last = sorted(ends(request, eos_ids))
-    rows.ends_sk[slot] = -1
-    rows.ends_sk[slot, : len(last)] = last
-    rows.first_end_s[slot] = len(request.prompt_token_ids) + p.min_tokens
-
-
-def _part(rows: Rows, which: slice) -> Rows:
-    """Copies, because the device may still read them when the rows change."""
-    return jax.tree.map(lambda column: column[which].copy(), rows)
+def _send(result: Any) -> Any:
+    """Starts the way back to the host, which takes time on some devices."""
+    for leaf in jax.tree.leaves(result):
+        leaf.copy_to_host_async()
+    return result

@@ -3,7 +3,8 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxserve import options as sizes
 from jaxserve.checkpoints import hf, store
 from jaxserve.checkpoints.hub import locate
-from jaxserve.compilation import enable_cache
-from jaxserve.engine import Engine, EngineConfig
+from jaxserve.engine import Engine
 from jaxserve.layers.config import Config
-from jaxserve.parallel.errors import CheckpointError, ConfigError, JaxserveError, RequestError
+from jaxserve.options import EngineConfig
+from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
+from jaxserve.serving import Serving
 from jaxserve.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
@@ -25,6 +28,8 @@ __all__ = ["LLM"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's `{"prompt": text}` and `{"prompt_token_ids": ids}`."""
 Message = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
+"""Told what goes on ("loading", in bytes; "compiling", in programs), how much of it is done, and how much there is."""
 
 
 class LLM:
@@ -36,7 +41,7 @@ class LLM:
             print(output.outputs[0].text)
 
     `dtype` is that of weights, activations and cache: "float32", "bfloat16", "float16", or "auto": the checkpoint's
-    own, but float32 on CPU, which has no fast 16-bit products.
+    own, but float32 on CPU, which has no fast 16-bit products. `options` are those of `EngineConfig`.
     """
 
     def __init__(
@@ -44,24 +49,24 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 8,
-        seed: int = 0,
-        progress: hf.Progress | None = None,
+        progress: Progress | None = None,
+        **options: Any,
     ):
-        """Loads a model; `progress` is told the bytes in place and in all.
+        """Loads a model and compiles what it needs to run.
 
-        Raises CheckpointError, ConfigError or RequestError that name what is wrong.
+        Raises CheckpointError, ConfigError or RequestError that name what is wrong, TypeError for an unknown option.
         """
-        enable_cache()
+        engine_config = EngineConfig(**options)
         folder = locate(model)
         self.tokenizer = Tokenizer.from_folder(folder)
         raw = hf.read_json(folder)
-        _check_vocabulary(self.tokenizer, Config.from_hf(raw), folder)
-        cfg, weights = load(folder, resolve_dtype(dtype, raw), progress)
-        options = EngineConfig(max_num_seqs=max_num_seqs, max_model_len=max_model_len, seed=seed)
-        self.engine = Engine(weights, cfg, self.tokenizer, options)
-        self._ids = itertools.count()
+        announced = Config.from_hf(raw)
+        _check_vocabulary(self.tokenizer, announced, folder)
+        sizes.model_len(announced, engine_config)  # before what takes long
+        cfg, weights = load(folder, resolve_dtype(dtype, raw), _stage(progress, "loading"))
+        compiling = _stage(progress, "compiling")
+        self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling)
+        self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._lock = threading.Lock()
 
@@ -73,27 +78,47 @@ class LLM:
         """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
 
         `sampling_params` are for all prompts, or one for each. Raises RequestError, and generates nothing, if any can't
-        be served.
+        be served. What fails later has the finish_reason "error", and leaves the other answers as they are.
         """
         requests = self._requests(prompts, sampling_params)
-        results = {r.id: _empty_result(r) for r in requests}
+        results = [_empty_result(str(i), request) for i, request in enumerate(requests)]
         for output in self._run(requests):
-            _extend(results[output.request_id], output)
-        return list(results.values())
+            _extend(results[int(output.request_id)], output)
+        return results
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[Output]:
-        """Like `generate`, but yields what each step adds to an answer, as it comes."""
+        """Like `generate`, but yields what each step adds to an answer, as it comes.
+
+        An output's `request_id` is the number of its prompt, from "0" on, its `index` that of the answer to it.
+        """
         return self._run(self._requests(prompts, sampling_params))
 
     def chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template: Any
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers a conversation, rendered by the model's own chat template; `template` is passed on to it."""
-        return self.generate([self.tokenizer.apply_chat_template(messages, **template)], sampling_params)
+        """Answers a conversation, rendered by the model's own chat template.
+
+        `chat_template_kwargs` are variables that this template knows, `enable_thinking` of Qwen3's for example.
+        """
+        prompt = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.generate([prompt], sampling_params)
 
     def _requests(self, prompts: Any, params: Any) -> list[Request]:
         several = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes) else [prompts]
@@ -107,9 +132,10 @@ class LLM:
             raise RequestError(
                 f"{len(several)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
             )
-        return [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
+        call = next(self._calls)
+        return [self._request(f"{call}-{i}", *pair) for i, pair in enumerate(zip(several, each, strict=True))]
 
-    def _request(self, prompt: Any, params: SamplingParams) -> Request:
+    def _request(self, id: str, prompt: Any, params: SamplingParams) -> Request:
         if isinstance(prompt, Mapping) and len(prompt) == 1:
             prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
         if isinstance(prompt, str):
@@ -125,26 +151,24 @@ class LLM:
                 f"a prompt must be text, token ids, {{'prompt': text}} or {{'prompt_token_ids': ids}}; got {prompt!r}"
             )
         text = prompt if isinstance(prompt, str) else None
-        request = Request(str(next(self._ids)), tuple(map(int, ids)), params, text)
+        request = Request(id, tuple(map(int, ids)), params, text)
         self.engine.check(request)
         return request
 
     def _run(self, requests: list[Request]) -> Iterator[Output]:
         """Steps until all are answered; those that are not, because the caller went away, are aborted."""
         inbox: deque[Output] = deque()
-        running = {request.id for request in requests}
+        names = {request.id: str(i) for i, request in enumerate(requests)}
+        open_answers = sum(request.params.n for request in requests)
         try:
             with self._lock:
                 for request in requests:
                     self._inboxes[request.id] = inbox
                     self.engine.add(request)
-            while running:
+            while open_answers:
                 output = self._next(inbox)
-                if output.finish_reason:
-                    running.discard(output.request_id)
-                if output.finish_reason == "error":
-                    raise JaxserveError(f"request {output.request_id}: {output.stop_reason}")
-                yield output
+                open_answers -= output.finish_reason is not None
+                yield replace(output, request_id=names[output.request_id])
         finally:
             with self._lock:
                 for request in requests:
@@ -155,9 +179,15 @@ class LLM:
         """The next output for one caller. Whoever waits makes a step for all: callers may be threads or take turns."""
         with self._lock:
             while not inbox:
+                if not self.engine.busy:
+                    raise RuntimeError("the engine has nothing to do, and an answer is missing")
                 for output in self.engine.step():
                     self._inboxes[output.request_id].append(output)
             return inbox.popleft()
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _is_token(value: Any) -> bool:
@@ -167,7 +197,7 @@ def _is_token(value: Any) -> bool:
 def load(folder: Path, dtype: Any, progress: hf.Progress | None = None) -> tuple[Config, Any]:
     """The weights of a folder that `checkpoints.store` saved, or of a Hugging Face checkpoint."""
     if store.is_store(folder):
-        return store.restore(folder, dtype)
+        return store.restore(folder, dtype, progress=progress)
     return hf.load(folder, dtype, progress=progress)
 
 
@@ -190,16 +220,21 @@ def resolve_dtype(dtype: str, raw: Mapping[str, Any]) -> Any:
     return jnp.dtype(dtype)
 
 
-def _empty_result(request: Request) -> RequestOutput:
-    logprobs = None if request.params.logprobs is None else []
-    answer = CompletionOutput(index=0, logprobs=logprobs)
-    return RequestOutput(request.id, request.prompt, list(request.prompt_token_ids), [answer])
+def _empty_result(id: str, request: Request) -> RequestOutput:
+    wanted = request.params.logprobs is not None
+    answers = [CompletionOutput(index, logprobs=[] if wanted else None) for index in range(request.params.n)]
+    return RequestOutput(id, request.prompt, list(request.prompt_token_ids), answers)
 
 
 def _extend(result: RequestOutput, output: Output) -> None:
-    answer = result.outputs[0]
+    answer = result.outputs[output.index]
     answer.text += output.text
     answer.token_ids += output.token_ids
     if answer.logprobs is not None:
         answer.logprobs += output.logprobs
     answer.finish_reason, answer.stop_reason = output.finish_reason, output.stop_reason
+    answer.error = output.error
+    if output.prompt_logprobs is not None:
+        result.prompt_logprobs = list(output.prompt_logprobs)
+    if output.index == 0:
+        result.num_cached_tokens = max(result.num_cached_tokens, output.num_cached_tokens)

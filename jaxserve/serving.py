@@ -1,19 +1,37 @@
 """The one seam between those who ask (`LLM`, the server, benchmarks) and whatever answers."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from jaxserve.counters import Counters
 from jaxserve.request import Output, Request
+
+
+class Memory(NamedTuple):
+    """Bytes on the devices."""
+
+    weights: int
+    cache: int
 
 
 class Serving(Protocol):
     """An engine, in this process or spread over many."""
+
+    counters: Counters
+
+    @property
+    def memory(self) -> Memory: ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not answered."""
+        ...
 
     def check(self, request: Request) -> None:
         """Raises RequestError that names the field and its range if the request can never be served."""
         ...
 
     def add(self, request: Request) -> None:
-        """Queues a request, if `check` has nothing against it."""
+        """Queues a request, if `check` has nothing against it and the queue has room."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -21,5 +39,8 @@ class Serving(Protocol):
         ...
 
     def step(self) -> list[Output]:
-        """Advances every running request, and returns what that adds; empty if nothing is queued or running."""
+        """Advances every running request, and returns what has come; it may be a step that gives nothing yet.
+
+        Each answer's last output, and no other, has a `finish_reason`.
+        """
         ...

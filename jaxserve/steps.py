@@ -1,6 +1,11 @@
-"""The two programs the device runs: prefill of a chunk of one prompt, and one token for every running sequence.
+"""The programs the device runs: known tokens into the cache, and a token or more for each sequence that has caught up.
 
-Both are pure, of static shape, and DONATE the cache.
+Both are of static shape, have no other effect than their results, and DONATE the state. What the next step needs stays
+on the device, so that the host can launch it before it has read this one.
+
+With drafts, a sequence's last token and `k` guesses at those after it are computed together. At each of these places
+the model's own choice is made, as it would be without guesses; a guess holds if it is that choice. So drafts change how
+many tokens a step gives, and never which (arXiv:2211.17192, with the noise of a place fixed beforehand).
 """
 
 from functools import partial
@@ -8,63 +13,176 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.batch import Batch
 from jaxserve.layers.config import Config
-from jaxserve.layers.dims import AnyArray
-from jaxserve.layers.sampling import Logprobs, Sampling, logprobs, sample
+from jaxserve.layers.mtp import draft
+from jaxserve.layers.sampling import Logprobs, entropy, logprobs, sample
 from jaxserve.layers.transformer import Model, forward, logits
+from jaxserve.slots import TOP, Choice, Masks, Slots, Table, advance, choose, places, real, report_if, take
 
 
-class Rows(NamedTuple):
-    """The sequences of a decode step, on the host or the device. A row without a sequence has position -1."""
+class State(NamedTuple):
+    """What lives on the device from step to step."""
 
-    tokens_s: Int[AnyArray, " s"]  # the last token of each: it is not in the cache yet
-    positions_s: Int[AnyArray, " s"]  # its place
-    pages_sp: Int[AnyArray, "s p"]
-    sampling: Sampling
-    ends_sk: Int[AnyArray, "s k"]  # tokens that end the answer, -1 for none
-    first_end_s: Int[AnyArray, " s"]  # the first position at which one of them may stand
+    slots: Slots
+    cache: tuple[Any, ...]
+
+
+class Gate(NamedTuple):
+    """When guesses are verified: with at most so many rows, of which half are guessed with at most this entropy."""
+
+    entropy: Float[Array, ""]  # nats
+    rows: Int[Array, ""]
+
+
+class Pack(NamedTuple):
+    """Chunks of known tokens of several sequences, in tiles (see `Batch`)."""
+
+    tokens_t: Int[Array, " t"]
+    next_t: Int[Array, " t"]  # the token after each, where it is known
+    positions_t: Int[Array, " t"]  # -1 for padding
+    slots_a: Int[Array, " a"]
+    rows_a: Int[Array, " a"]  # the slots of sequences that this completes; the others are none
+    last_a: Int[Array, " a"]  # where in `t` the last token of each of those is; for none, t
+    reported: Bool[Array, ""]  # log-probabilities of the known tokens are wanted
 
 
 class Chosen(NamedTuple):
-    """The next token of each sequence."""
+    """Tokens that a step gives: of each row the first `count_s`."""
 
-    tokens_s: Int[Array, " s"]
-    logprobs: Logprobs | None
-    finite_s: Bool[Array, " s"]  # whether the model's scores were numbers
+    tokens_sw: Int[Array, "s w"]
+    count_s: Int[Array, " s"]
+    status_sw: Int[Array, "s w"]
+    report: Logprobs  # of each place, `[s, w, …]`
+    drafts_sk: Int[Array, "s k"]  # guesses at what comes next
+    wide: Bool[Array, ""]  # whether guesses were verified
 
 
-@partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames="cache")
+class Prefilled(NamedTuple):
+    """What `prefill` gives: the next token of sequences that are complete, and how probable the known ones were."""
+
+    chosen: Chosen
+    known: Logprobs  # for each of `t`, of the token after it; zeros if nobody wants it
+
+
+@partial(jax.jit, static_argnames=("cfg", "drafts"), donate_argnames="state")
 def prefill(
-    model: Model, chunk: Batch, last: Int[Array, ""], rows: Rows, cache: Any, *, cfg: Config, top: int | None
-) -> tuple[Chosen, Any]:
-    """Puts a chunk of one prompt into the cache; chooses the token after its row `last`, as `rows` (of one) says."""
-    out = forward(model, chunk, cache, cfg)
-    scores_su = logits(model, jax.lax.dynamic_slice_in_dim(out.hidden_td, last, 1))
-    return choose(scores_su, rows, top), out.cache
+    model: Model, state: State, table: Table, pack: Pack, masks: Masks, *, cfg: Config, drafts: int
+) -> tuple[Prefilled, State]:
+    """Puts chunks of several sequences into the cache; chooses the next token of those that are then complete."""
+    slots, rows_s = state.slots, pack.rows_a
+    batch = Batch(pack.tokens_t, pack.positions_t, pack.slots_a, table.pages_sp)
+    out = forward(model, batch, state.cache, cfg)
+    start_s = jnp.where(real(rows_s, slots), take(pack.positions_t, pack.last_a) + 1, -1)
+    scores_su = logits(model, take(out.hidden_td, pack.last_a))
+    none_sk = jnp.zeros((len(rows_s), 0), jnp.int32)
+    choice = choose(scores_su, start_s, none_sk, rows_s, slots, table, masks)
+    count_s = (start_s >= 0).astype(jnp.int32)
+    state = State(advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s), out.cache)
+    if drafts:
+        following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
+        hidden_td, state = _draft(model, out.hidden_td, batch._replace(tokens_t=following_t), state, cfg)
+        state = _guess(model, take(hidden_td, pack.last_a), state, table, rows_s, cfg, drafts)
+    return Prefilled(_chosen(choice, count_s, state.slots, rows_s, drafts), _known(model, out.hidden_td, pack)), state
 
 
-@partial(jax.jit, static_argnames=("cfg", "top"), donate_argnames="cache")
-def decode(model: Model, rows: Rows, cache: Any, *, cfg: Config, top: int | None) -> tuple[Chosen, Any]:
-    """Computes each sequence's last token, and chooses the next."""
-    slots_s = jnp.arange(rows.tokens_s.shape[0])
-    out = forward(model, Batch(rows.tokens_s, rows.positions_s, slots_s, rows.pages_sp), cache, cfg)
-    return choose(logits(model, out.hidden_td), rows, top), out.cache
+@partial(jax.jit, static_argnames=("cfg", "drafts"), donate_argnames="state")
+def decode(
+    model: Model, state: State, table: Table, rows_s: Int[Array, " s"], masks: Masks, gate: Gate,
+    *, cfg: Config, drafts: int,
+) -> tuple[Chosen, State]:  # fmt: skip
+    """Lets the sequences of some slots go on by a token, or by more where guesses hold."""
+
+    def verify(width: int, state: State) -> tuple[Chosen, State]:
+        return _verify(model, state, table, rows_s, masks, cfg, drafts, width)
+
+    if not drafts:
+        return verify(1, state)
+    wide = _pays(state.slots, rows_s, gate)
+    return jax.lax.cond(wide, partial(verify, 1 + drafts), partial(verify, 1), state)
 
 
-def choose(scores_su: Array, rows: Rows, top: int | None) -> Chosen:
-    """Samples a token for the position after each row's."""
-    next_s = rows.positions_s + 1
-    allowed_su = _without_early_ends(scores_su, next_s, rows)
-    tokens_s = sample(allowed_su, next_s, rows.sampling)
-    found = None if top is None else logprobs(scores_su, tokens_s, top)
-    return Chosen(tokens_s, found, jnp.isfinite(scores_su).all(axis=-1))
+def _verify(
+    model: Model, state: State, table: Table, rows_s: Array, masks: Masks, cfg: Config, drafts: int, width: int
+) -> tuple[Chosen, State]:
+    """Computes `width` tokens a row, its last and guesses; of the choices, those count that rest on right guesses."""
+    slots = state.slots
+    start_s = jnp.where(real(rows_s, slots), take(slots.positions_s, rows_s), -1)
+    places_sw = places(start_s, take(table.limits_s, rows_s), width)
+    guesses_sk = take(slots.drafts_sk, rows_s)[:, : width - 1]
+    tokens_sw = jnp.concatenate([take(slots.tokens_s, rows_s)[:, None], guesses_sk], axis=1)
+    batch = Batch(tokens_sw.reshape(-1), places_sw.reshape(-1), rows_s, table.pages_sp)
+    out = forward(model, batch, state.cache, cfg)
+    choice = choose(logits(model, out.hidden_td), start_s + 1, guesses_sk, rows_s, slots, table, masks)
+    right_sk = (choice.tokens_sw[:, :-1] == guesses_sk) & (places_sw[:, 1:] >= 0)
+    count_s = jnp.where(places_sw[:, 0] >= 0, 1 + jnp.cumprod(right_sk, axis=1, dtype=jnp.int32).sum(axis=1), 0)
+    state = State(advance(slots, rows_s, table, choice.tokens_sw, start_s + 1, count_s), out.cache)
+    if drafts:
+        kept_sw = jnp.arange(width)[None] < count_s[:, None]
+        following = batch._replace(
+            tokens_t=choice.tokens_sw.reshape(-1), positions_t=jnp.where(kept_sw, places_sw, -1).reshape(-1)
+        )
+        hidden_td, state = _draft(model, out.hidden_td, following, state, cfg)
+        last_s = jnp.arange(len(rows_s)) * width + jnp.maximum(count_s - 1, 0)
+        state = _guess(model, hidden_td[last_s], state, table, rows_s, cfg, drafts)
+    return _chosen(choice, count_s, state.slots, rows_s, drafts), state
 
 
-def _without_early_ends(scores_su: Array, next_s: AnyArray, rows: Rows) -> Array:
-    """-inf for tokens that would end an answer before its `min_tokens`."""
-    s, u = scores_su.shape
-    early_sk = jnp.where((next_s < rows.first_end_s)[:, None] & (rows.ends_sk >= 0), rows.ends_sk, u)
-    return scores_su.at[jnp.arange(s)[:, None], early_sk].set(-jnp.inf, mode="drop")
+def _pays(slots: Slots, rows_s: Array, gate: Gate) -> Bool[Array, ""]:
+    """Whether verifying is worth its cost."""
+    active_s = real(rows_s, slots) & (take(slots.positions_s, rows_s) >= 0)
+    sure_s = active_s & (take(slots.entropy_s, rows_s) <= gate.entropy)
+    return (active_s.sum() <= gate.rows) & (2 * sure_s.sum() >= active_s.sum())
+
+
+def _draft(model: Model, hidden_td: Array, following: Batch, state: State, cfg: Config) -> tuple[Array, State]:
+    """The MTP module's state at each place, where `following` has the token after it."""
+    at = cfg.layers
+    ahead = draft(model, model.mtp[0], hidden_td, following, state.cache[at], cfg)
+    return ahead.hidden_td, state._replace(cache=(*state.cache[:at], ahead.cache, *state.cache[at + 1 :]))
+
+
+def _guess(
+    model: Model, hidden_sd: Array, state: State, table: Table, rows_s: Array, cfg: Config, drafts: int
+) -> State:
+    """Guesses the tokens after each row's last; for those after the first, the module goes on from its own state.
+
+    A guess is drawn with the noise that the model's choice at its place will be drawn with.
+    """
+    sampling = jax.tree.map(lambda column: take(column, rows_s), table.sampling)
+    place_s, guesses = take(state.slots.positions_s, rows_s), []
+    for i in range(drafts):
+        if i:
+            at_s = places(jnp.where(place_s < 0, -1, place_s + i - 1), take(table.limits_s, rows_s), 1)[:, 0]
+            following = Batch(guesses[-1], at_s, rows_s, table.pages_sp)
+            hidden_sd, state = _draft(model, hidden_sd, following, state, cfg)
+        scores_su = logits(model, hidden_sd)
+        guesses.append(sample(scores_su, place_s + 1 + i, sampling))
+        if i == 0:
+            entropy_s = state.slots.entropy_s.at[rows_s].set(entropy(scores_su), mode="drop")
+            state = state._replace(slots=state.slots._replace(entropy_s=entropy_s))
+    drafts_sk = state.slots.drafts_sk.at[rows_s].set(jnp.stack(guesses, axis=1), mode="drop")
+    return state._replace(slots=state.slots._replace(drafts_sk=drafts_sk))
+
+
+def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:
+    """The choice, as wide as guesses may make it."""
+    missing = 1 + drafts - choice.tokens_sw.shape[1]
+    fill = lambda column: jnp.pad(column, ((0, 0), (0, missing), *((0, 0),) * (column.ndim - 2)))  # noqa: E731
+    tokens_sw, status_sw, report = jax.tree.map(fill, choice)
+    wide = jnp.array(choice.tokens_sw.shape[1] > 1)
+    return Chosen(tokens_sw, count_s, status_sw, report, take(slots.drafts_sk, rows_s), wide)
+
+
+def _known(model: Model, hidden_td: Array, pack: Pack) -> Logprobs:
+    """Log-probabilities of the known next tokens, if wanted; a tile at a time: the scores of all would not fit."""
+    t, a, top = hidden_td.shape[0], pack.slots_a.shape[0], min(TOP, model.embed.shape[0])
+    tiles = hidden_td.reshape(a, t // a, -1), jnp.maximum(pack.next_t, 0).reshape(a, t // a)
+
+    def compute():
+        found = jax.lax.map(lambda tile: logprobs(logits(model, tile[0]), tile[1], top), tiles)
+        return jax.tree.map(lambda column: column.reshape(t, *column.shape[2:]), found)
+
+    return report_if(pack.reported, compute, t, top)

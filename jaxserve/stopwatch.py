@@ -4,16 +4,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 
-
-class Memory(NamedTuple):
-    """What a model takes of its device, in bytes."""
-
-    weights: int
-    cache: int
+from jaxserve.serving import Memory
 
 
 class Stopwatch:

@@ -109,6 +109,10 @@ class Tokenizer:
         """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`); None if there is none."""
         return self._backend.id_to_token(id)
 
+    def to_json(self) -> str:
+        """The content of a `tokenizer.json`, for libraries that read one."""
+        return self._backend.to_str()
+
     def stream(self, skip_special_tokens: bool = True) -> "TextStream":
         """For one request: its text while its ids come in."""
         return TextStream(self, skip_special_tokens)

@@ -1,17 +1,23 @@
 """Tiny checkpoints with a tokenizer, and engines that serve them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.checkpoints import hf
-from jaxserve.engine import Engine, EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.options import EngineConfig
 from jaxserve.request import Output, Request, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "oracles" / "goldens"
+
+
+SIZE: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 128, "max_num_batched_tokens": 128, "warmup": False}
+"""Of all engines in tests, where nothing depends on it: every other size is compiled anew."""
 
 
 def word_tokenizer(size: int) -> Tokenizer:
@@ -24,14 +30,15 @@ def word_tokenizer(size: int) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_engine():
-    """An engine for a golden checkpoint; each checkpoint is read once."""
+    """An engine for a golden checkpoint; each checkpoint is read once, and engines of one size are compiled once."""
     loaded = {}
 
     def make(name: str = "deepseek_v3", **options) -> Engine:
         if name not in loaded:
             loaded[name] = hf.load(GOLDENS / name)
         cfg, model = loaded[name]
-        return Engine(model, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(**{"max_model_len": 128, **options}))
+        settings = EngineConfig(**(SIZE | options))
+        return Engine(model, cfg, word_tokenizer(cfg.vocab_size), settings)
 
     return make
 
@@ -42,7 +49,7 @@ def serve(engine: Engine, prompts, params) -> list[list[Output]]:
     outputs: dict[str, list[Output]] = {str(i): [] for i in range(len(prompts))}
     for i, (prompt, p) in enumerate(zip(prompts, each, strict=True)):
         engine.add(Request(str(i), tuple(int(t) for t in prompt), p))
-    while any(not out or out[-1].finish_reason is None for out in outputs.values()):
+    while engine.busy:
         for output in engine.step():
             outputs[output.request_id].append(output)
     return list(outputs.values())

@@ -22,10 +22,10 @@ class Words:
 def run(words, **params):
     """The outputs of an answer whose tokens are `words`, in order; the last word's token is the end."""
     request = Request("r", (0,), SamplingParams(**{"max_tokens": 1000, **params}))
-    completion = Completion(request, Words(words), [len(words) - 1], room=1000)
+    completion = Completion(request, 0, Words(words), [len(words) - 1], limit=request.params.max_tokens)
     outputs = []
     for token in range(len(words)):
-        outputs.append(completion.push(token))
+        outputs.append(completion.push([token]))
         if outputs[-1].finish_reason:
             break
     return outputs

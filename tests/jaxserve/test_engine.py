@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 
 from jaxserve import RequestError, SamplingParams
-from jaxserve import engine as engine_module
 from jaxserve.checkpoints import hf
-from jaxserve.engine import Engine, EngineConfig
+from jaxserve.engine import Engine
+from jaxserve.options import EngineConfig
 from jaxserve.request import Request
-from tests.jaxserve.conftest import GOLDENS, greedy, serve, tokens, word_tokenizer
+from tests.jaxserve.conftest import GOLDENS, SIZE, greedy, serve, tokens, word_tokenizer
 from tests.oracles import reference
 
 PROMPTS = [[3], [5, 7, 11, 13], list(range(2, 40)), [1, 1, 2, 3, 5, 8, 13]]
@@ -26,22 +26,15 @@ def test_greedy_tokens_are_those_of_transformers(make_engine, name):
 @pytest.mark.parametrize("params", [greedy(12), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
 def test_a_batch_gives_the_tokens_that_each_prompt_gives_alone(make_engine, name, params):
-    engine = make_engine(name, max_num_seqs=4)
+    engine = make_engine(name)
     together = [tokens(o) for o in serve(engine, PROMPTS, params)]
     assert together == [tokens(serve(engine, [p], params)[0]) for p in PROMPTS]
 
 
 def test_more_requests_than_slots_give_the_same_tokens(make_engine):
-    many = PROMPTS * 3
-    few_slots, enough = make_engine(max_num_seqs=2), make_engine(max_num_seqs=12)
-    assert [tokens(o) for o in serve(few_slots, many, DRAWN)] == [tokens(o) for o in serve(enough, many, DRAWN)]
-
-
-@pytest.mark.parametrize("chunks", [(4,), (8, 16)])
-def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole_prompt(make_engine, monkeypatch, chunks):
-    whole = [tokens(o) for o in serve(make_engine(), PROMPTS, DRAWN)]
-    monkeypatch.setattr(engine_module, "CHUNKS", chunks)
-    assert [tokens(o) for o in serve(make_engine(), PROMPTS, DRAWN)] == whole
+    engine, many = make_engine(), PROMPTS * 3
+    alone = [tokens(serve(engine, [prompt], DRAWN)[0]) for prompt in PROMPTS]
+    assert [tokens(o) for o in serve(engine, many, DRAWN)] == alone * 3
 
 
 def test_seeds_differ_and_a_seed_repeats(make_engine):
@@ -73,7 +66,8 @@ def test_no_stop_token_is_chosen_before_min_tokens(make_engine):
 
 
 def test_an_answer_ends_where_the_engine_is_full(make_engine):
-    outputs = serve(make_engine(max_model_len=20), [list(range(2, 17))], greedy(50))[0]
+    prompt = [2 + i % 90 for i in range(SIZE["max_model_len"] - 5)]
+    outputs = serve(make_engine(), [prompt], greedy(50))[0]
     assert len(tokens(outputs)) == 5
     assert outputs[-1].finish_reason == "length"
 
@@ -85,23 +79,24 @@ def test_logprobs_are_those_of_the_reference(make_engine):
     config = hf.read_json(GOLDENS / "deepseek_v3_plain")
     scores = reference.logits(config, weights, [5, 7, 9, *tokens(outputs)])[2:6]
     expected = np.log(reference.softmax(scores))
-    for step, output in enumerate(outputs):
-        (found,) = output.logprobs
+    for step, found in enumerate(found for output in outputs for found in output.logprobs):
         assert list(found) == np.argsort(-expected[step])[:3].tolist()
         assert [p.rank for p in found.values()] == [1, 2, 3]
         np.testing.assert_allclose([p.logprob for p in found.values()], expected[step][list(found)], atol=1e-4)
 
 
 def test_an_aborted_request_leaves_its_slot_to_the_next(make_engine):
-    engine = make_engine(max_num_seqs=1)
-    engine.add(Request("a", (5, 7), greedy(100)))
-    engine.add(Request("b", (5, 7), greedy(2)))
+    engine = make_engine()
+    for i in range(4):
+        engine.add(Request(f"long {i}", (5, 7), greedy(100)))
+    engine.add(Request("next", (5, 7), greedy(2)))
     engine.step()
-    engine.abort("a")
+    for i in range(4):
+        engine.abort(f"long {i}")
     engine.abort("unknown")
-    ids = {o.request_id for _ in range(3) for o in engine.step()}
-    assert ids == {"b"}
-    assert engine.step() == []
+    ids = {output.request_id for _ in range(5) for output in engine.step()}
+    assert ids == {"next"}
+    assert not engine.busy
 
 
 @pytest.mark.parametrize(
@@ -130,8 +125,8 @@ def test_a_length_beyond_the_model_s_positions_is_refused(make_engine):
 def test_scores_that_are_not_finite_end_their_request_and_no_other():
     cfg, model = hf.load(GOLDENS / "qwen3")
     broken = model._replace(embed=model.embed.at[9].set(jnp.nan))
-    engine = Engine(broken, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(max_model_len=64))
+    engine = Engine(broken, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(**SIZE))
     bad, good = serve(engine, [[9], [5, 7]], greedy(3))
     assert (bad[-1].finish_reason, bad[-1].token_ids) == ("error", ())
-    assert "scores are not finite" in bad[-1].stop_reason
+    assert "scores are not finite" in bad[-1].error
     assert len(tokens(good)) == 3

@@ -12,8 +12,8 @@ from jaxserve import RequestError, SamplingParams
         ("top_k", -2, "0 (off) or more"),
         ("top_k", 2**40, "0 (off) or more"),
         ("temperature", 1e300, "1e6 at most"),
-        ("stop", 5, "it must be a list"),
-        ("stop_token_ids", 5, "it must be a list"),
+        ("stop", 5, "a text or several"),
+        ("stop_token_ids", 5, "a list of token ids"),
         ("top_k", 2.5, "whole number"),
         ("top_p", 0.0, "above 0 and at most 1"),
         ("top_p", 1.1, "above 0 and at most 1"),
@@ -43,4 +43,4 @@ def test_an_unknown_field_is_refused():
 
 
 def test_one_stop_text_may_be_given_without_a_list():
-    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop="END").stops == ("END",)

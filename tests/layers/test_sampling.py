@@ -11,16 +11,21 @@ from tests.oracles import reference
 
 def how(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
     fill = lambda value, dtype: jnp.full(count, value, dtype)  # noqa: E731
+    off = {
+        "repetition_s": fill(1.0, jnp.float32),
+        "presence_s": fill(0, jnp.float32),
+        "frequency_s": fill(0, jnp.float32),
+    }
     return Sampling(
         fill(temperature, jnp.float32), fill(top_k, jnp.int32), fill(top_p, jnp.float32), fill(min_p, jnp.float32),
-        fill(seed, jnp.uint32),
+        fill(seed, jnp.uint32), **off,
     )  # fmt: skip
 
 
 def kept(scores, params):
     """The set of tokens that may be drawn from one row."""
     ranked = rank(jnp.asarray(scores, jnp.float32)[None])
-    return set(np.asarray(ranked.ids_su)[np.asarray(keep(ranked.logits_su, params))].tolist())
+    return set(np.asarray(ranked.ids_su)[np.asarray(keep(ranked.scores_su, params))].tolist())
 
 
 @settings(max_examples=200)
@@ -81,7 +86,7 @@ def test_logprobs_equal_the_log_of_the_softmax(key):
     rows = np.asarray(jax.random.normal(key, (3, 40)))
     found = logprobs(jnp.asarray(rows), jnp.array([4, 9, 0]), 5)
     expected = np.stack([np.log(reference.softmax(row.astype(np.float64))) for row in rows])
-    np.testing.assert_allclose(found.sampled_s, expected[[0, 1, 2], [4, 9, 0]], atol=1e-5)
+    np.testing.assert_allclose(found.chosen_s, expected[[0, 1, 2], [4, 9, 0]], atol=1e-5)
     np.testing.assert_array_equal(found.top_ids_sk, np.argsort(-expected, axis=1)[:, :5])
     for row, token in enumerate((4, 9, 0)):
         assert found.rank_s[row] == 1 + (expected[row] > expected[row, token]).sum()

@@ -236,9 +236,9 @@ def moe(config: Config, weights: Weights, prefix: str, x: Array) -> Array:
     else:
         indices, gates = (route_v2 if config["model_type"] == "deepseek_v2" else route_qwen3)(router_logits, config)
     out = np.zeros_like(x)
-    for token in range(len(x)):
-        for expert, gate in zip(indices[token], gates[token], strict=True):
-            out[token] += gate * mlp(weights, f"{prefix}.experts.{expert}", x[token])
+    for expert in np.unique(indices):
+        tokens, choices = np.nonzero(indices == expert)
+        out[tokens] += gates[tokens, choices, None] * mlp(weights, f"{prefix}.experts.{expert}", x[tokens])
     has_shared = f"{prefix}.shared_experts.gate_proj.weight" in weights
     return out + mlp(weights, f"{prefix}.shared_experts", x) if has_shared else out
 

@@ -1,0 +1,33 @@
+"""What an engine counts. Plain numbers, for metrics and for whoever wants to know where the time goes."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Counters:
+    """Sums since the engine started; those of the moment are marked."""
+
+    steps: int = 0
+    waiting: int = 0  # now: answers that are queued
+    running: int = 0  # now
+    pages_used: int = 0  # now
+    pages: int = 0  # in all
+    preemptions: int = 0
+    prompt_tokens: int = 0  # of answers that have started
+    cached_tokens: int = 0  # of those, found in the cache
+    generated_tokens: int = 0
+    decoded_rows: int = 0  # a row a sequence and a step
+    wide_rows: int = 0  # of those, with guesses verified
+    accepted: list[int] = field(default_factory=list)  # guesses that held, by their place
+    compiled: int = 0  # programs, before the first step
+    late_compiled: int = 0  # programs since: each made a step wait
+    schedule_seconds: float = 0.0  # planning and launching
+    device_seconds: float = 0.0  # waiting for results
+    read_seconds: float = 0.0  # from results to outputs
+    exposed_seconds: float = 0.0  # of the host's time, how much the device had nothing to do in
+    step_seconds: float = 0.0
+
+    @property
+    def tokens_per_row(self) -> float:
+        """New tokens of a sequence in a step, 1 without guesses that hold."""
+        return (self.decoded_rows + sum(self.accepted)) / max(1, self.decoded_rows)

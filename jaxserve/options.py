@@ -1,0 +1,92 @@
+"""How much an engine holds, and how it goes about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import cache_params
+from jaxserve.parallel.errors import RequestError
+
+MAX_DRAFTS = 8
+_LEAST = {
+    "max_num_seqs": 1,
+    "max_model_len": 2,
+    "max_num_batched_tokens": 16,
+    "max_num_queued": 0,
+    "page_size": 1,
+    "num_pages": 1,
+    "cache_bytes": 1,
+    "num_speculative_tokens": 0,
+    "speculation_max_seqs": 0,
+    "seed": 0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The names are vLLM's where it has one. None of it changes a token that is generated, but the seed."""
+
+    max_num_seqs: int = 8  # answers that are generated together
+    max_model_len: int | None = None  # tokens of a prompt and its answer; None: the model's positions, at most 8192
+    max_num_batched_tokens: int = 512  # of a step; longer prompts are cut into chunks
+    max_num_queued: int | None = None  # answers that may wait; None: any number
+    enable_prefix_caching: bool = True  # what was computed for a prompt serves others that begin alike
+    page_size: int = 64  # tokens
+    num_pages: int | None = None  # None: what all answers need at their longest, if `cache_bytes` hold that
+    cache_bytes: int = 4 << 30
+    num_speculative_tokens: int | None = None  # guesses a step; None: 1 if the model has an MTP module, else 0
+    speculation_entropy: float = 2.0  # nats; guesses less sure than this are not verified
+    speculation_max_seqs: int = 32  # with more answers in a step, guesses are not verified
+    warmup: bool = True  # compile all steps at the start, rather than each when it is first needed
+    seed: int = 0  # of the seeds of requests that have none
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            value, optional = getattr(self, name), EngineConfig.__dataclass_fields__[name].default is None
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and not (optional and value is None):
+                raise RequestError(f"{name} = {value!r}: it must be a whole number, {least} or more")
+        if (self.num_speculative_tokens or 0) > MAX_DRAFTS:
+            raise RequestError(
+                f"num_speculative_tokens = {self.num_speculative_tokens}: it must be at most {MAX_DRAFTS}"
+            )
+        for name in ("enable_prefix_caching", "warmup"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} = {getattr(self, name)!r}: it must be True or False")
+        nats = self.speculation_entropy
+        if not isinstance(nats, int | float) or isinstance(nats, bool) or not nats >= 0:
+            raise RequestError(f"speculation_entropy = {nats!r}: it must be a number of nats, 0 or more")
+
+
+def model_len(cfg: Config, options: EngineConfig) -> int:
+    """The most tokens a prompt and its answer can have."""
+    wanted = options.max_model_len
+    if wanted is None:
+        return min(cfg.max_positions, 8192)
+    if wanted > cfg.max_positions:
+        raise RequestError(f"max_model_len = {wanted}: it must be from 2 to {cfg.max_positions}, the model's positions")
+    return wanted
+
+
+def drafts(cfg: Config, options: EngineConfig) -> int:
+    """Guesses a step."""
+    wanted = options.num_speculative_tokens
+    if wanted and not cfg.mtp_layers:
+        raise RequestError(f"num_speculative_tokens = {wanted}: the model has no MTP module; it must be 0")
+    return min(1, cfg.mtp_layers) if wanted is None else wanted
+
+
+def num_pages(cfg: Config, options: EngineConfig, dtype: Any) -> int:
+    """Pages of the cache: at least what one answer needs at its longest."""
+    longest = -(-model_len(cfg, options) // options.page_size)
+    page_bytes = sum(p.nbytes for p in jax.tree.leaves(cache_params(cfg, 1, options.page_size, dtype)))
+    if options.num_pages is None:
+        return max(longest, min(longest * options.max_num_seqs, options.cache_bytes // page_bytes))
+    if options.num_pages < longest:
+        raise RequestError(
+            f"num_pages = {options.num_pages}: it must be at least {longest}, to hold one answer of max_model_len "
+            f"{model_len(cfg, options)} in pages of {options.page_size} tokens"
+        )
+    return options.num_pages

@@ -1,0 +1,85 @@
+"""The few shapes in which the steps are compiled, before the first request."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+Progress = Callable[[int, int], None]
+"""Called with the number of programs that are compiled, and of those there are."""
+
+
+class Tiles(NamedTuple):
+    """The shape of a prefill step: so many tiles of so many tokens each."""
+
+    number: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.number * self.width
+
+
+class Shapes(NamedTuple):
+    """The shapes that steps may have, the smallest first."""
+
+    prefill: tuple[Tiles, ...]
+    decode: tuple[int, ...]  # rows
+
+    @classmethod
+    def of(cls, tokens: int, slots: int) -> "Shapes":
+        """For steps of at most so many prompt tokens and sequences.
+
+        A step is up to 16 tiles, for chunks of many prompts, or one that is as long as all of them: attention of a
+        single long chunk costs less so. Rows go up by fours.
+        """
+        width = max(1, tokens // 16)
+        counts = [n for n in (1, 4, 16) if n * width <= tokens]
+        packed = [Tiles(n, width) for n in counts]
+        long = [Tiles(1, tokens)] if tokens > width else []
+        rows = [4**i for i in range(16) if 4**i < slots]
+        return cls((*packed, *long), (*rows, slots))
+
+    @property
+    def tile(self) -> int:
+        """Tokens that a chunk is filled up to a multiple of."""
+        return self.prefill[0].width
+
+    def for_chunks(self, sizes: Iterable[int]) -> Tiles:
+        """The smallest that holds chunks of these sizes, none of which shares a tile with another."""
+        sizes = list(sizes)
+        fits = (t for t in self.prefill if sum(-(-size // t.width) for size in sizes) <= t.number)
+        return min(fits, key=lambda t: (t.tokens, t.number))
+
+    def for_rows(self, count: int) -> int:
+        return next(rows for rows in self.decode if rows >= count)
+
+
+class Programs:
+    """Compiled programs by their shape; `lower` traces one, and its `compile` makes it.
+
+    What wasn't compiled beforehand is when it is needed, and counted: its step waits for it.
+    """
+
+    def __init__(self, lower: Callable[[Any], Any]):
+        self._lower = lower
+        self._compiled: dict[Any, Any] = {}
+        self.late = 0
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def compile(self, shapes: Iterable[Any], progress: Progress | None = None) -> None:
+        """Compiles several at once: XLA works while the next is traced."""
+        shapes = [shape for shape in shapes if shape not in self._compiled]
+        with ThreadPoolExecutor() as threads:
+            futures = {shape: threads.submit(self._lower(shape).compile) for shape in shapes}
+            for done, (shape, future) in enumerate(futures.items(), start=1):
+                self._compiled[shape] = future.result()
+                if progress:
+                    progress(done, len(shapes))
+
+    def __getitem__(self, shape: Any) -> Any:
+        if shape not in self._compiled:
+            self._compiled[shape] = self._lower(shape).compile()
+            self.late += 1
+        return self._compiled[shape]

@@ -1,0 +1,264 @@
+"""Which tokens the next step computes. Plain Python, no JAX.
+
+There are no phases. A sequence has tokens that are known and a number of them that are computed, and each step lets the
+second catch up with the first: a chunk of a prompt, what a prefix hit left over, what a preempted sequence has to do
+again. One that has caught up goes on by itself on the device, a row of every step.
+
+The host launches a step before it has read the one before. So of a row it knows only how many tokens it can have at
+most (`ahead`), and reserves pages for those.
+"""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxserve.pages import Key, PagePool
+from jaxserve.parallel.errors import RequestError
+from jaxserve.request import Request
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer to a request, and where it is."""
+
+    request: Request
+    index: int  # which of the request's answers
+    seed: int
+    limit: int  # tokens it can have in all
+    arrival: int
+    tokens: list[int]  # those that are known: the prompt, and of the answer what was read
+    by_host: bool = False  # the host decides which token may come next: it must have read all before
+    whole: bool = False  # no part of the prompt may come from the cache: its scores are asked for
+    hit: int = 0  # tokens of the prompt that were in the cache when it first started
+
+    # What it holds while it runs; a preempted sequence starts again from nothing.
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
+    computed: int = 0  # known tokens that are in the cache, once all that was launched has run
+    published: int = 0  # pages that others can find
+    fresh: bool = True  # nothing of it was launched since it has its slot
+    caught_up: bool = False
+    launches: int = 0  # that are not read; each adds a token or more, or ends it
+    ahead: int = 0  # tokens at most that they add
+    epoch: int = 0  # of the launches that still count
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who is served first, and preempted last."""
+        return self.request.priority, self.arrival
+
+    def __lt__(self, other: "Sequence") -> bool:
+        return self.order < other.order
+
+
+class Chunk(NamedTuple):
+    """Known tokens of a sequence, `start` to `end`, to be computed."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    first: bool  # since the sequence has its slot
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def completes(self) -> bool:
+        """Whether the sequence has caught up then, so that its next token is chosen."""
+        return self.end == len(self.sequence.tokens)
+
+
+class Plan(NamedTuple):
+    """What a step computes: chunks of known tokens, and a token or more for each row."""
+
+    chunks: tuple[Chunk, ...]
+    rows: tuple[Sequence, ...]
+
+
+class Limits(NamedTuple):
+    """What a step, and all of them together, may hold."""
+
+    slots: int  # sequences that run
+    tokens: int  # of a step
+    tile: int  # chunks are filled up to multiples of so many tokens
+    drafts: int = 0  # guessed tokens that a row verifies in a step
+    queued: int | None = None  # sequences that wait
+    share: bool = True  # what was computed for one sequence serves others that begin alike
+
+
+class Scheduler:
+    """Decides who runs, and owns who waits; the pool owns the pages.
+
+    Sequences start in the order of priority, then of arrival. When pages run out, the last in that order that runs is
+    preempted: its pages go back, it waits in its old place, and what it had said is computed again like a prompt.
+    """
+
+    def __init__(self, pool: PagePool, limits: Limits):
+        self.pool, self.limits = pool, limits
+        self.running: list[Sequence] = []  # in order
+        self.preemptions = 0
+        self.queried = 0  # tokens of prompts that were looked up, and those that were found
+        self.hit = 0
+        self._waiting: list[Sequence] = []  # a heap
+        self._slots = list(reversed(range(limits.slots)))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter([*self.running, *self._waiting])
+
+    def check(self, count: int) -> None:
+        """Raises RequestError if the queue has no room for `count` sequences more."""
+        room = self.limits.queued
+        if room is not None and len(self._waiting) + count > room:
+            raise RequestError(
+                f"the queue is full: {len(self._waiting)} of {room} places taken, {count} needed; try again later"
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence."""
+        heapq.heappush(self._waiting, sequence)
+
+    def schedule(self) -> Plan:
+        """Plans a step, and takes it as launched: what it computes is in the cache for every later one."""
+        able = [(s, s.epoch) for s in list(self.running) if self._can_go_on(s) and self._reserve_row(s)]
+        chunks = tuple(self._chunks(len(able)))
+        rows = tuple(s for s, epoch in able if s.epoch == epoch)  # a chunk may have preempted some
+        for s in rows:
+            self._launched(s, 1 + self.limits.drafts)
+        return Plan(chunks, rows)
+
+    def landed(self, sequence: Sequence, most: int) -> None:
+        """Takes back what was reserved for a launch of at most so many tokens, now that it is read."""
+        sequence.launches -= 1
+        sequence.ahead -= most
+
+    def update(self, sequence: Sequence, tokens: Iterable[int]) -> None:
+        """Adds tokens that were read: all but the last of them are in the cache."""
+        sequence.tokens += tokens
+        sequence.computed = len(sequence.tokens) - 1
+        self._publish(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes back all that a sequence holds, whether it waits or runs."""
+        if sequence.slot is None:
+            self._waiting = [s for s in self._waiting if s is not sequence]
+            heapq.heapify(self._waiting)
+        else:
+            self._stop(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Stops a sequence that runs; it waits in its old place."""
+        self._stop(sequence)
+        self.preemptions += 1
+        heapq.heappush(self._waiting, sequence)
+
+    def _stop(self, s: Sequence) -> None:
+        assert s.slot is not None
+        self.running.remove(s)
+        self.pool.release(s.pages)
+        self._slots.append(s.slot)
+        s.slot, s.pages, s.keys, s.caught_up, s.fresh = None, [], [], False, True
+        s.computed = s.published = s.launches = s.ahead = 0
+        s.epoch += 1
+
+    def _can_go_on(self, s: Sequence) -> bool:
+        if not s.caught_up or (s.by_host and s.launches):
+            return False
+        return len(s.tokens) + s.launches < s.limit
+
+    def _reserve_row(self, s: Sequence) -> bool:
+        """Pages for all that a step can write, wherever the launched ones leave the sequence."""
+        return self._reserve(s, len(s.tokens) + s.ahead)
+
+    def _reserve(self, s: Sequence, tokens: int) -> bool:
+        """Pages for so many tokens and for guesses after them, if need be those of sequences that come later.
+
+        False if there are too few, or if the sequence lost its own to one that comes before it.
+        """
+        if s.slot is None:
+            return False
+        missing = self._pages(min(tokens + 2 * self.limits.drafts, s.limit - 1)) - len(s.pages)
+        while missing > 0:
+            pages = self.pool.allocate(missing)
+            if pages is not None:
+                s.pages += pages
+                break
+            last = self.running[-1]
+            if last is s:
+                if s.caught_up:
+                    self.preempt(s)
+                return False
+            self.preempt(last)
+        return True
+
+    def _chunks(self, rows: int) -> Iterator[Chunk]:
+        """Chunks for what the rows leave of the step, at least one tile: neither starves the other."""
+        tile = self.limits.tile
+        tiles = max(1, (self.limits.tokens - rows * (1 + self.limits.drafts)) // tile)
+        for s in self._behind():
+            size = min(len(s.tokens) - s.computed, tiles * tile)
+            if not self._reserve(s, s.computed + size):
+                return
+            chunk = Chunk(s, s.computed, s.computed + size, s.fresh)
+            s.computed, s.fresh = chunk.end, False
+            self._publish(s)
+            if chunk.completes:
+                s.caught_up = True
+                self._launched(s, 1)
+            yield chunk
+            tiles -= -(-size // tile)
+            if not tiles:
+                return
+
+    def _behind(self) -> Iterator[Sequence]:
+        """Sequences with tokens to compute: those that run, then those that wait, as long as there is room."""
+        for s in list(self.running):
+            if s.slot is not None and not s.caught_up:
+                yield s
+        while self._waiting and self._slots and self._start(self._waiting[0]):
+            yield heapq.heappop(self._waiting)
+
+    def _start(self, s: Sequence) -> bool:
+        """Gives the first that waits a slot and the pages that are computed already, if the others fit too."""
+        keys = self.pool.keys(s.tokens) if self.limits.share else []
+        found = [] if s.whole else self.pool.find(s.tokens, keys[: (len(s.tokens) - 1) // self.pool.page_size])
+        self.pool.share(found)
+        if self._pages(len(s.tokens)) - len(found) > self.pool.available:
+            self.pool.release(found)
+            return False
+        s.slot, s.pages, s.keys, s.published = self._slots.pop(), found, keys, len(found)
+        s.computed = len(found) * self.pool.page_size
+        if not s.epoch:
+            s.hit = s.computed
+            self.queried += len(s.tokens)
+            self.hit += s.hit
+        self.running.append(s)
+        self.running.sort()
+        return True
+
+    def _publish(self, s: Sequence) -> None:
+        """Lets others find the pages that are full, and settled by tokens that are known."""
+        if not self.limits.share:
+            return
+        s.keys = self.pool.keys(s.tokens, s.keys)
+        full = min(len(s.keys), s.computed // self.pool.page_size)
+        for index in range(s.published, full):
+            self.pool.publish(s.pages[index], s.tokens, index, s.keys)
+        s.published = max(s.published, full)
+
+    def _launched(self, s: Sequence, most: int) -> None:
+        s.launches += 1
+        s.ahead += most
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // self.pool.page_size)

@@ -1,0 +1,110 @@
+"""What is promised for features one by one holds for their product: the tokens of an oracle without any of them."""
+
+import functools
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from jaxserve.checkpoints import hf
+from jaxserve.checkpoints.hub import EMBEDDED
+from jaxserve.engine import Engine
+from jaxserve.options import EngineConfig
+from jaxserve.request import Request, SamplingParams
+from jaxserve.tokenizer import Tokenizer
+from tests.jaxserve.conftest import GOLDENS, word_tokenizer
+from tests.oracles.generate import generate
+
+LENGTHS = (1, 2, 5, 7, 15, 16, 17, 23, 31, 32, 33, 48, 50, 64, 65, 80)
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 1234}
+GREEDY = {"temperature": 0.0}
+NEW = 14
+FAMILIES = ("embedded", "qwen3", "deepseek_v2_lite")
+
+
+@functools.cache
+def loaded(name: str):
+    """A checkpoint's engine parts, and its config and weights as published."""
+    folder = EMBEDDED if name == "embedded" else GOLDENS / name
+    cfg, model = hf.load(folder, "float32")
+    tokenizer = Tokenizer.from_folder(folder) if name == "embedded" else word_tokenizer(cfg.vocab_size)
+    weights = {key: np.asarray(tensor.read(), np.float64) for key, tensor in hf.open_folder(folder).items()}
+    return cfg, model, tokenizer, hf.read_json(folder), weights
+
+
+@functools.cache
+def engine(name: str, drafts: int) -> Engine:
+    """Pages of 16 tokens, steps of 128; programs are compiled when they are needed."""
+    cfg, model, tokenizer, *_ = loaded(name)
+    options = EngineConfig(
+        max_num_seqs=16, max_model_len=128, max_num_batched_tokens=128, page_size=16, num_speculative_tokens=drafts,
+        speculation_entropy=3.0, warmup=False,
+    )  # fmt: skip
+    return Engine(model, cfg, tokenizer, options)
+
+
+@functools.cache
+def prompts(name: str) -> list[tuple[int, ...]]:
+    """Sixteen of mixed lengths, some of which begin alike."""
+    vocabulary, rng = loaded(name)[0].vocab_size, random.Random(name)
+    base = tuple(rng.randrange(2, vocabulary) for _ in range(max(LENGTHS)))
+    other = tuple(rng.randrange(2, vocabulary) for _ in range(max(LENGTHS)))
+    return [(base if i % 2 else other)[:length] for i, length in enumerate(LENGTHS)]
+
+
+@functools.cache
+def expected(name: str, sampled: bool) -> list[list[int]]:
+    """What the oracle says."""
+    *_, config, weights = loaded(name)
+    how = SAMPLED if sampled else GREEDY
+    return [generate(config, weights, prompt, max_tokens=NEW, **how) for prompt in prompts(name)]
+
+
+def run(subject: Engine, requests: list[Request], disturb: bool) -> list[list[int]]:
+    """The tokens of each request; disturbed, one that runs is preempted every third step."""
+    answers: dict[str, list[int]] = {request.id: [] for request in requests}
+    for request in requests:
+        subject.add(request)
+    scheduler = subject._scheduler
+    for count in itertools.count():
+        if not subject.busy:
+            return list(answers.values())
+        assert count < 2000
+        if disturb and count % 3 == 2 and scheduler.running:
+            scheduler.preempt(scheduler.running[count % len(scheduler.running)])
+        for output in subject.step():
+            assert output.error is None
+            answers[output.request_id] += output.token_ids
+
+
+@pytest.mark.parametrize("preempted", [False, True], ids=["undisturbed", "preempted"])
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "batch"])
+@pytest.mark.parametrize("hit", [False, True], ids=["cold", "hit"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("name", "drafts"), [("embedded", 0), ("embedded", 1), ("embedded", 2), ("qwen3", 0), ("deepseek_v2_lite", 0)]
+)
+def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, together, preempted):
+    subject = engine(name, drafts)
+    scheduler = subject._scheduler
+    scheduler.limits = scheduler.limits._replace(tokens=16 if chunked else 128)
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, **(SAMPLED if sampled else GREEDY))
+    requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts(name))]
+    before = scheduler.preemptions
+    if hit:
+        run(subject, requests, False)
+    if together:
+        if not hit:
+            scheduler.pool.clear()
+        found = run(subject, requests, preempted)
+    else:
+        found = []
+        for request in requests:
+            if not hit:
+                scheduler.pool.clear()
+            found += run(subject, [request], preempted)
+    assert found == expected(name, sampled)
+    assert (scheduler.preemptions > before) == preempted
+    assert scheduler.pool.used == 0
