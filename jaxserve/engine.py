@@ -22,13 +22,17 @@ from jaxserve.pages import PagePool
 from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.sharding import zeros
 from jaxserve.programs import Programs, Progress, Shapes, Tiles
+from jaxserve.reading import Reading
 from jaxserve.request import Logprob, Output, Request, TokenLogprobs
 from jaxserve.scheduler import Chunk, Limits, Plan, Scheduler, Sequence
 from jaxserve.serving import Memory
 from jaxserve.slots import NONE_ALLOWED, NOT_FINITE, empty, mark
-from jaxserve.steps import Chosen, Gate, Prefilled, State, decode, prefill
+from jaxserve.steps import ROUNDS, Chosen, Gate, Prefilled, State, decode, prefill
 from jaxserve.table import OWN_ENDS, SlotTable
 from jaxserve.tokenizer import Tokenizer
+
+PATIENCE = 0.03
+"""Seconds that a step of several rounds may take."""
 
 FAULTS = {
     NOT_FINITE: "the model's scores are not finite; its weights may be damaged",
@@ -52,6 +56,7 @@ class Launched(NamedTuple):
     prefilled: Prefilled | None
     rows: tuple[tuple[Sequence, int], ...]
     chosen: Chosen | None
+    rounds: int
 
     @property
     def last(self) -> Any:
@@ -91,6 +96,7 @@ class Engine:
         self._arrivals = 0
         self._ongoing: Launched | None = None
         self._came = 0.0  # when the step before was there
+        self._round_seconds = PATIENCE  # what one takes
         self._programs = Programs(self._lower)
         if options.warmup:
             self._programs.compile([*self._shapes.prefill, *self._shapes.decode], progress)
@@ -140,13 +146,17 @@ class Engine:
 
     def step(self) -> list[Output]:
         clock = [time.perf_counter()]
-        ongoing, self._ongoing = self._ongoing, self._launch(self._scheduler.schedule())
+        ongoing, self._ongoing = self._ongoing, self._launch(self._scheduler.schedule(self._rounds()))
         idle = ongoing is None or ongoing.last.is_ready()
         clock.append(time.perf_counter())
         if ongoing:
             jax.block_until_ready(ongoing.last)
         clock.append(time.perf_counter())
+        if ongoing and not idle:
+            self._round_seconds += 0.2 * ((clock[2] - self._came) / ongoing.rounds - self._round_seconds)
         outputs = list(self._read(ongoing)) if ongoing else []
+        if not self._answers:
+            self._ongoing = None  # nobody wants to know
         self._count(*clock, idle_since=(self._came if ongoing else clock[0]) if idle else clock[1])
         return outputs
 
@@ -187,7 +197,9 @@ class Engine:
         table, static = self._table.on_device(), {"cfg": self.cfg, "drafts": self.drafts}
         if isinstance(shape, Tiles):
             return prefill.lower(self._model, self._state, table, *self._packer.chunks([], shape, {}), **static)
-        return decode.lower(self._model, self._state, table, *self._packer.rows([], shape, {}), self._gate, **static)
+        return decode.lower(
+            self._model, self._state, table, *self._packer.rows([], shape, {}), self._gate, jnp.int32(1), **static
+        )
 
     def _launch(self, plan: Plan) -> Launched | None:
         if not (plan.chunks or plan.rows):
@@ -199,9 +211,9 @@ class Engine:
             self._table.pages(s)
         guides = self._guides_of([*(c.sequence for c in plan.chunks if c.completes), *plan.rows])
         prefilled = self._prefill(plan.chunks, guides) if plan.chunks else None
-        chosen = self._decode(plan.rows, guides) if plan.rows else None
+        chosen = self._decode(plan, guides) if plan.rows else None
         chunks = tuple((chunk, chunk.sequence.epoch) for chunk in plan.chunks)
-        return Launched(chunks, prefilled, tuple((s, s.epoch) for s in plan.rows), chosen)
+        return Launched(chunks, prefilled, tuple((s, s.epoch) for s in plan.rows), chosen, plan.rounds)
 
     def _seat(self, s: Sequence) -> None:
         """Tells the device of a sequence that has got a slot."""
@@ -227,12 +239,16 @@ class Engine:
         result, self._state = self._programs[shape](self._model, self._state, self._table.on_device(), pack, masks)
         return _send(result)
 
-    def _decode(self, rows: tuple[Sequence, ...], guides: dict[Sequence, Guide]) -> Chosen:
-        shape = self._shapes.for_rows(len(rows))
-        rows_s, masks = self._packer.rows(rows, shape, guides)
-        table = self._table.on_device()
-        result, self._state = self._programs[shape](self._model, self._state, table, rows_s, masks, self._gate)
+    def _decode(self, plan: Plan, guides: dict[Sequence, Guide]) -> Chosen:
+        shape = self._shapes.for_rows(len(plan.rows))
+        rows_s, masks = self._packer.rows(plan.rows, shape, guides)
+        given = (self._table.on_device(), rows_s, masks, self._gate, self._packer.number(plan.rounds))
+        result, self._state = self._programs[shape](self._model, self._state, *given)
         return _send(result)
+
+    def _rounds(self) -> int:
+        """As many as take about as long as people and new requests may wait."""
+        return max(1, min(ROUNDS, int(PATIENCE / max(self._round_seconds, 1e-6))))
 
     # Reading a step.
 
@@ -240,32 +256,30 @@ class Engine:
         if step.prefilled is not None:
             self._read_known(step.chunks, step.prefilled.known)
             complete = [(chunk.sequence, epoch) for chunk, epoch in step.chunks if chunk.completes]
-            yield from self._read_rows(complete, step.prefilled.chosen, most=1)
+            yield from self._read_rows(complete, step.prefilled.chosen, None)
         if step.chosen is not None:
-            yield from self._read_rows(step.rows, step.chosen, most=1 + self.drafts)
+            yield from self._read_rows(step.rows, step.chosen, step.rounds)
 
-    def _read_rows(self, rows: Iterable[tuple[Sequence, int]], chosen: Chosen, most: int) -> Iterable[Output]:
-        """Adds to each answer what the step chose for it, if it still counts."""
-        tokens_sw, count_s, status_sw, drafts_sk = jax.device_get(chosen[:3] + chosen[4:5])
-        report = None
+    def _read_rows(self, rows: Iterable[tuple[Sequence, int]], chosen: Chosen, rounds: int | None) -> Iterable[Output]:
+        """Adds to each answer what the step chose for it, if it still counts; without rounds, for a completed chunk."""
+        found = Reading(chosen, rounds)
         for row, (s, epoch) in enumerate(rows):
             if s.epoch != epoch:
                 continue
-            count = int(count_s[row])
             answer = self._answers[s.request.id][s.index]
-            if fault := status_sw[row, :count].max(initial=0):
-                yield self._fail(answer, FAULTS[int(fault)])
+            said = found.row(row)
+            if said.fault:
+                yield self._fail(answer, FAULTS[said.fault])
                 continue
-            found = []
-            if (wanted := s.request.params.logprobs) is not None:
-                report = report or Logprobs(*jax.device_get(tuple(chosen.report)))
-                found = [
-                    self._logprobs(report, (row, place), int(tokens_sw[row, place]), wanted) for place in range(count)
+            wanted, scores = s.request.params.logprobs, []
+            if wanted is not None:
+                scores = [
+                    self._logprobs(found.report, at, t, wanted) for at, t in zip(said.at, said.tokens, strict=True)
                 ]
-            if most > 1:
-                self._note_guesses(count, bool(chosen.wide))
-            self._scheduler.landed(s, most)
-            yield self._extend(answer, tokens_sw[row, :count].tolist(), found, drafts_sk[row].tolist())
+            self._scheduler.landed(s, rounds)
+            yield self._extend(answer, said.tokens, scores, said.guesses)
+        if rounds is not None:
+            self._note_guesses(found)
 
     def _extend(self, answer: Answer, tokens: list[int], found: list[TokenLogprobs], guesses: list[int]) -> Output:
         s, completion, guide, known = answer
@@ -320,11 +334,12 @@ class Engine:
             found.setdefault(int(other), (float(value), place))
         return {t: Logprob(value, place, self._tokenizer.decode([t], False)) for t, (value, place) in found.items()}
 
-    def _note_guesses(self, count: int, wide: bool) -> None:
-        self.counters.decoded_rows += 1
-        self.counters.wide_rows += wide
-        for place in range(count - 1):
-            self.counters.accepted[place] += 1
+    def _note_guesses(self, found: Reading) -> None:
+        counts = found.counts[found.counts > 0]
+        self.counters.decoded_rows += counts.size
+        self.counters.wide_rows += int((found.counts[found.wide] > 0).sum())
+        for place in range(self.drafts):
+            self.counters.accepted[place] += int((counts > place + 1).sum())
 
     def _count(self, began: float, launched: float, come: float, idle_since: float) -> None:
         now, c, s = time.perf_counter(), self.counters, self._scheduler

@@ -22,6 +22,7 @@ class Packer:
     def __init__(self, drafts: int, vocabulary: int, slots: int):
         self._drafts, self._words, self._nobody = drafts, -(-vocabulary // 32), slots
         self._free: dict[tuple[int, int], Masks] = {}  # masks that forbid nothing
+        self._numbers: dict[int, jax.Array] = {}
         self._rows: tuple[tuple[int, ...], jax.Array] | None = None
 
     def chunks(self, chunks: Items[Chunk], shape: Tiles, guides: Guides) -> tuple[Pack, Masks]:
@@ -50,18 +51,23 @@ class Packer:
             self._rows = slots, jax.device_put(np.array(slots, np.int32))
         return self._rows[1], self._masks(rows, size, self._drafts, guides)
 
+    def number(self, value: int) -> jax.Array:
+        if value not in self._numbers:
+            self._numbers[value] = jax.device_put(np.int32(value))
+        return self._numbers[value]
+
     def _masks(self, rows: Items[Sequence], size: int, guesses: int, guides: Guides) -> Masks:
-        masked_s, bits_swi = np.zeros(size, bool), np.full((size, 1 + guesses, self._words), 0xFFFFFFFF, np.uint32)
+        masked_s, bits_sw = np.zeros(size, bool), np.full((size, 1 + guesses, self._words), 0xFFFFFFFF, np.uint32)
         if not guides:
             key = (size, 1 + guesses)
             if key not in self._free:
-                self._free[key] = Masks(*jax.device_put((masked_s, bits_swi)))
+                self._free[key] = Masks(*jax.device_put((masked_s, bits_sw)))
             return self._free[key]
         for row, s in enumerate(rows):
             if guide := guides.get(s):
                 masked_s[row] = True
-                bits_swi[row] = guide.bits(guide.guesses if guesses else [])
-        return Masks(*jax.device_put((masked_s, bits_swi)))
+                bits_sw[row] = guide.bits(guide.guesses if guesses else [])
+        return Masks(*jax.device_put((masked_s, bits_sw)))
 
 
 def starts(chunks: Items[Chunk], shape: Tiles) -> list[int]:

@@ -40,7 +40,7 @@ class Sequence:
     published: int = 0  # pages that others can find
     fresh: bool = True  # nothing of it was launched since it has its slot
     caught_up: bool = False
-    launches: int = 0  # that are not read; each adds a token or more, or ends it
+    least: int = 0  # tokens that launched steps add, if they don't end it; they are not read yet
     ahead: int = 0  # tokens at most that they add
     epoch: int = 0  # of the launches that still count
 
@@ -76,10 +76,11 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a step computes: chunks of known tokens, and a token or more for each row."""
+    """What a step computes: chunks of known tokens, and for each row a token or more a round."""
 
     chunks: tuple[Chunk, ...]
     rows: tuple[Sequence, ...]
+    rounds: int
 
 
 class Limits(NamedTuple):
@@ -128,19 +129,22 @@ class Scheduler:
         """Queues a sequence."""
         heapq.heappush(self._waiting, sequence)
 
-    def schedule(self) -> Plan:
-        """Plans a step, and takes it as launched: what it computes is in the cache for every later one."""
-        able = [(s, s.epoch) for s in list(self.running) if self._can_go_on(s) and self._reserve_row(s)]
+    def schedule(self, rounds: int = 1) -> Plan:
+        """Plans a step, and takes it as launched: what it computes is in the cache for every later one.
+
+        It has as many rounds as are asked for only if nobody waits for its end.
+        """
+        rounds = rounds if self._is_steady() else 1
+        able = [(s, s.epoch) for s in list(self.running) if self._can_go_on(s) and self._reserve_row(s, rounds)]
         chunks = tuple(self._chunks(len(able)))
         rows = tuple(s for s, epoch in able if s.epoch == epoch)  # a chunk may have preempted some
         for s in rows:
-            self._launched(s, 1 + self.limits.drafts)
-        return Plan(chunks, rows)
+            self._launched(s, rounds)
+        return Plan(chunks, rows, rounds)
 
-    def landed(self, sequence: Sequence, most: int) -> None:
-        """Takes back what was reserved for a launch of at most so many tokens, now that it is read."""
-        sequence.launches -= 1
-        sequence.ahead -= most
+    def landed(self, sequence: Sequence, rounds: int | None) -> None:
+        """Notes that a launch is read: of so many rounds, or of the chunk that completed the sequence."""
+        self._launched(sequence, rounds, -1)
 
     def update(self, sequence: Sequence, tokens: Iterable[int]) -> None:
         """Adds tokens that were read: all but the last of them are in the cache."""
@@ -168,17 +172,20 @@ class Scheduler:
         self.pool.release(s.pages)
         self._slots.append(s.slot)
         s.slot, s.pages, s.keys, s.caught_up, s.fresh = None, [], [], False, True
-        s.computed = s.published = s.launches = s.ahead = 0
+        s.computed = s.published = s.least = s.ahead = 0
         s.epoch += 1
 
     def _can_go_on(self, s: Sequence) -> bool:
-        if not s.caught_up or (s.by_host and s.launches):
+        if not s.caught_up or (s.by_host and s.least):
             return False
-        return len(s.tokens) + s.launches < s.limit
+        return len(s.tokens) + s.least < s.limit
 
-    def _reserve_row(self, s: Sequence) -> bool:
+    def _is_steady(self) -> bool:
+        return not self._waiting and all(s.caught_up and not s.by_host for s in self.running)
+
+    def _reserve_row(self, s: Sequence, rounds: int) -> bool:
         """Pages for all that a step can write, wherever the launched ones leave the sequence."""
-        return self._reserve(s, len(s.tokens) + s.ahead)
+        return self._reserve(s, len(s.tokens) + s.ahead + (rounds - 1) * (1 + self.limits.drafts))
 
     def _reserve(self, s: Sequence, tokens: int) -> bool:
         """Pages for so many tokens and for guesses after them, if need be those of sequences that come later.
@@ -214,7 +221,7 @@ class Scheduler:
             self._publish(s)
             if chunk.completes:
                 s.caught_up = True
-                self._launched(s, 1)
+                self._launched(s, None)
             yield chunk
             tiles -= -(-size // tile)
             if not tiles:
@@ -256,9 +263,9 @@ class Scheduler:
             self.pool.publish(s.pages[index], s.tokens, index, s.keys)
         s.published = max(s.published, full)
 
-    def _launched(self, s: Sequence, most: int) -> None:
-        s.launches += 1
-        s.ahead += most
+    def _launched(self, s: Sequence, rounds: int | None, sign: int = 1) -> None:
+        s.least += sign * (rounds or 1)
+        s.ahead += sign * (1 if rounds is None else rounds * (1 + self.limits.drafts))
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.pool.page_size)

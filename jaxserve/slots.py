@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.sampling import Logprobs, Sampling, allow, forbid, logprobs, penalize, sample
 
@@ -50,7 +50,7 @@ class Masks(NamedTuple):
     """What the host allows in some rows of a step, at each place."""
 
     masked_s: Bool[Array, " s"]
-    bits_swi: UInt[Array, "s w i"]  # 32 tokens a word, see `sampling.allow`
+    bits_sw: Array  # uint32[s, w, words], 32 tokens a word: see `sampling.allow`
 
 
 class Choice(NamedTuple):
@@ -100,7 +100,7 @@ def choose(
     how: Table = jax.tree.map(lambda column: take(column, rows_t), table._replace(pages_sp=table.limits_s))
 
     def masked(scores):
-        return allow(scores, masks.bits_swi[:, :width].reshape(s * width, -1))
+        return allow(scores, masks.bits_sw[:, :width].reshape(s * width, -1))
 
     def biased(scores):
         return scores + take(slots.bias_su, rows_t)

@@ -22,6 +22,9 @@ from jaxserve.layers.sampling import Logprobs, entropy, logprobs, sample
 from jaxserve.layers.transformer import Model, forward, logits
 from jaxserve.slots import TOP, Choice, Masks, Slots, Table, advance, choose, places, real, report_if, take
 
+ROUNDS = 8
+"""Rounds of `decode` at most: what the host has to do for a launch can take longer than a round of a small model."""
+
 
 class State(NamedTuple):
     """What lives on the device from step to step."""
@@ -50,7 +53,7 @@ class Pack(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Tokens that a step gives: of each row the first `count_s`."""
+    """Tokens of each row, of which the first `count_s` count. As a result of a step, with a leading axis of rounds."""
 
     tokens_sw: Int[Array, "s w"]
     count_s: Int[Array, " s"]
@@ -85,23 +88,42 @@ def prefill(
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
         hidden_td, state = _draft(model, out.hidden_td, batch._replace(tokens_t=following_t), state, cfg)
         state = _guess(model, take(hidden_td, pack.last_a), state, table, rows_s, cfg, drafts)
-    return Prefilled(_chosen(choice, count_s, state.slots, rows_s, drafts), _known(model, out.hidden_td, pack)), state
+    chosen = jax.tree.map(lambda column: column[None], _chosen(choice, count_s, state.slots, rows_s, drafts))
+    return Prefilled(chosen, _known(model, out.hidden_td, pack)), state
 
 
 @partial(jax.jit, static_argnames=("cfg", "drafts"), donate_argnames="state")
 def decode(
     model: Model, state: State, table: Table, rows_s: Int[Array, " s"], masks: Masks, gate: Gate,
-    *, cfg: Config, drafts: int,
+    rounds: Int[Array, ""], *, cfg: Config, drafts: int,
 ) -> tuple[Chosen, State]:  # fmt: skip
-    """Lets the sequences of some slots go on by a token, or by more where guesses hold."""
+    """Lets the sequences of some slots go on for some rounds, by a token each, or by more where guesses hold.
+
+    Ends early when all have ended. The masks hold for the first round: rows that have one can go no further.
+    """
 
     def verify(width: int, state: State) -> tuple[Chosen, State]:
         return _verify(model, state, table, rows_s, masks, cfg, drafts, width)
 
-    if not drafts:
-        return verify(1, state)
-    wide = _pays(state.slots, rows_s, gate)
-    return jax.lax.cond(wide, partial(verify, 1 + drafts), partial(verify, 1), state)
+    def once(state: State) -> tuple[Chosen, State]:
+        if not drafts:
+            return verify(1, state)
+        wide = _pays(state.slots, rows_s, gate)
+        return jax.lax.cond(wide, partial(verify, 1 + drafts), partial(verify, 1), state)
+
+    def unfinished(carry):
+        done, _, state = carry
+        return (done < rounds) & _active(state.slots, rows_s).any()
+
+    def go_on(carry):
+        done, all_chosen, state = carry
+        chosen, state = once(state)
+        return done + 1, jax.tree.map(lambda column, part: column.at[done].set(part), all_chosen, chosen), state
+
+    shapes, _ = jax.eval_shape(once, state)
+    nothing = jax.tree.map(lambda part: jnp.zeros((ROUNDS, *part.shape), part.dtype), shapes)
+    _, all_chosen, state = jax.lax.while_loop(unfinished, go_on, (jnp.int32(0), nothing, state))
+    return all_chosen, state
 
 
 def _verify(
@@ -132,9 +154,14 @@ def _verify(
 
 def _pays(slots: Slots, rows_s: Array, gate: Gate) -> Bool[Array, ""]:
     """Whether verifying is worth its cost."""
-    active_s = real(rows_s, slots) & (take(slots.positions_s, rows_s) >= 0)
+    active_s = _active(slots, rows_s)
     sure_s = active_s & (take(slots.entropy_s, rows_s) <= gate.entropy)
     return (active_s.sum() <= gate.rows) & (2 * sure_s.sum() >= active_s.sum())
+
+
+def _active(slots: Slots, rows_s: Array) -> Bool[Array, " s"]:
+    """Whether a row's answer goes on."""
+    return real(rows_s, slots) & (take(slots.positions_s, rows_s) >= 0)
 
 
 def _draft(model: Model, hidden_td: Array, following: Batch, state: State, cfg: Config) -> tuple[Array, State]:

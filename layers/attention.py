@@ -97,7 +97,12 @@ def gqa(
     q_thr, k_tgr = (rotate(x, batch.positions_t, cfg.rope) for x in (q_thr, k_tgr))
     cache = write(cache, KeyValueCache(k_tgr, v_tgv), batch)
     o_thv = attend_grouped(q_thr, cache, batch, att)
-    return einsum("thv,dhv->td", o_thv, p.w_o), cache
+    return merge_heads(o_thv, p.w_o), cache
+
+
+def merge_heads(o_thv: Float[Array, "t h v"], w_o: Leaf) -> Float[Array, "t d"]:
+    """The output projection, as one flat product: XLA's CPU backend would copy a weight with two summed axes."""
+    return einsum("tz,dz->td", o_thv.reshape(o_thv.shape[0], -1), w_o.reshape(w_o.shape[0], -1))
 
 
 def attend_grouped(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxserve.layers.attention import Block, attend
+from jaxserve.layers.attention import Block, attend, merge_heads
 from jaxserve.layers.batch import Batch, num_blocks, read_block, write
 from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.dims import Leaf
@@ -79,7 +79,7 @@ def mla(
     cache = write(cache, latents(p, x_td, batch, cfg), batch)
     form = attend_expanded if expanding_pays(att, batch.tile) else attend_absorbed
     o_thv = form(p, q_thn, q_thr, cache, batch, att)
-    return einsum("thv,dhv->td", o_thv, p.w_o), cache
+    return merge_heads(o_thv, p.w_o), cache
 
 
 def queries(p: Mla, x_td: Array, batch: Batch, cfg: Config, att: LatentAttention) -> tuple[Array, Array]:

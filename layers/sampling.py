@@ -44,8 +44,8 @@ def forbid(scores_su: Float[Array, "s u"], ids_sk: Int[Array, "s k"]) -> Float[A
     return scores_su.at[jnp.arange(s)[:, None], jnp.where(ids_sk < 0, u, ids_sk)].set(-jnp.inf, mode="drop")
 
 
-def allow(scores_su: Float[Array, "s u"], bits: UInt[Array, "s i"]) -> Float[Array, "s u"]:
-    """-inf for tokens whose bit is 0. Bit i of word j is that of token 32 j + i, as llguidance packs them."""
+def allow(scores_su: Float[Array, "s u"], bits: Array) -> Float[Array, "s u"]:
+    """-inf for tokens whose bit is 0. `bits` is uint32[s, words]; bit i of word j is that of token 32 j + i."""
     u = jnp.arange(scores_su.shape[1])
     words_su = jnp.take(bits, u // 32, axis=1)
     allowed_su = (words_su >> (u % 32).astype(jnp.uint32)[None]) & jnp.uint32(1)

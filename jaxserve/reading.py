@@ -1,0 +1,44 @@
+"""From the arrays of a step to what each sequence has said."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxserve.layers.sampling import Logprobs
+from jaxserve.slots import FINE
+from jaxserve.steps import Chosen
+
+
+class Said(NamedTuple):
+    """What a step gave one sequence."""
+
+    tokens: list[int]
+    at: list[tuple[int, int, int]]  # where in the step: round, row, place
+    guesses: list[int]  # at what comes next
+    fault: int  # FINE, or the first that it is not
+
+
+class Reading:
+    """A step on the host. Its log-probabilities stay on the device until somebody wants them."""
+
+    def __init__(self, chosen: Chosen, rounds: int | None):
+        self._report = chosen.report
+        wanted = (chosen.tokens_sw, chosen.count_s, chosen.status_sw, chosen.drafts_sk, chosen.wide)
+        tokens, counts, status, guesses, wide = (column[: rounds or 1] for column in jax.device_get(wanted))
+        self.counts, self.wide = counts, wide
+        self._tokens, self._status, self._guesses = tokens, status, guesses
+
+    @cached_property
+    def report(self) -> Logprobs:
+        """Of every round, row and place."""
+        return Logprobs(*jax.device_get(tuple(self._report)))
+
+    def row(self, row: int) -> Said:
+        counts: Any = self.counts[:, row]
+        at = [(turn, row, place) for turn, count in enumerate(counts) for place in range(count)]
+        faults = [int(self._status[index]) for index in at if self._status[index] != FINE]
+        last = int(np.flatnonzero(counts)[-1]) if at else 0
+        guesses = self._guesses[last, row].tolist()
+        return Said([int(self._tokens[index]) for index in at], at, guesses, faults[0] if faults else FINE)
