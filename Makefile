@@ -31,7 +31,7 @@ check-types: .venv/.dev  ## Check types with pyright
 	@$(bin)/pyright
 
 pytest: .venv/.dev  ## Run the tests in WORKERS=2 processes (ARGS="-k pages" picks some)
-	@$(bin)/pytest -n $(WORKERS) $(ARGS)
+	@$(bin)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 format: .venv/.dev  ## Format, and mend what ruff can mend
 	@$(bin)/ruff check --fix .

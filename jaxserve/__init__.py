@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jaxserve.parallel.errors import CheckpointError, ConfigError, JaxserveError, RequestError, ShardingError
-from jaxserve.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from jaxserve.request import CompletionOutput, Logprob, Output, RequestOutput, SamplingParams, StructuredOutputs
 
 if _TYPE_CHECKING:
     from jaxserve.llm import LLM
@@ -17,10 +17,12 @@ __all__ = [
     "JaxserveError",
     "LLM",
     "Logprob",
+    "Output",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
     "ShardingError",
+    "StructuredOutputs",
     "__version__",
 ]
 
