@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.checkpoints import hf
-from jaxserve.engine import Engine, EngineConfig
+from jaxserve.engine import Engine
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model
+from jaxserve.options import EngineConfig
 from tests.jaxserve.conftest import greedy, serve, tokens, word_tokenizer
 from tests.layers.helpers import batch_of, empty_cache, page_table, step
 
@@ -84,7 +85,7 @@ def largest_error(model: Model, cfg: Config, prompts: list[np.ndarray], expected
 
 def continuations(model: Model, cfg: Config, prompts: list[np.ndarray], length: int) -> list[list[int]]:
     """The greedy tokens that follow each prompt."""
-    options = EngineConfig(max_model_len=max(map(len, prompts)) + length)
+    options = EngineConfig(max_model_len=max(map(len, prompts)) + length, warmup=False)
     engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), options)
     return [tokens(outputs) for outputs in serve(engine, prompts, greedy(length))]
 
