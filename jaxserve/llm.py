@@ -62,8 +62,9 @@ class LLM:
         raw = hf.read_json(folder)
         announced = Config.from_hf(raw)
         _check_vocabulary(self.tokenizer, announced, folder)
-        sizes.model_len(announced, engine_config)  # before what takes long
-        cfg, weights = load(folder, resolve_dtype(dtype, raw), _stage(progress, "loading"))
+        resolved = resolve_dtype(dtype, raw)
+        sizes.check(announced, engine_config, resolved)  # before what takes long
+        cfg, weights = load(folder, resolved, _stage(progress, "loading"))
         compiling = _stage(progress, "compiling")
         self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling)
         self._calls = itertools.count()

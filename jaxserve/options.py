@@ -60,6 +60,12 @@ class EngineConfig:
             raise RequestError(f"speculation_entropy = {nats!r}: it must be a number of nats, 0 or more")
 
 
+def check(cfg: Config, options: EngineConfig, dtype: Any) -> None:
+    """Raises RequestError if the model can't be served so."""
+    drafts(cfg, options)
+    num_pages(cfg, options, dtype)
+
+
 def model_len(cfg: Config, options: EngineConfig) -> int:
     """The most tokens a prompt and its answer can have."""
     wanted = options.max_model_len
