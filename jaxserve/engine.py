@@ -91,7 +91,8 @@ class Engine:
         self._packer = Packer(self.drafts, cfg.vocab_size, options.max_num_seqs)
         cache = zeros(cache_params(cfg, pages, options.page_size, model.embed.dtype))
         self._state = State(empty(options.max_num_seqs, self.drafts, cfg.vocab_size), cache)
-        self._gate = Gate(jnp.float32(options.speculation_entropy), jnp.int32(options.speculation_max_seqs))
+        most = min(options.speculation_max_seqs, options.max_num_seqs)
+        self._gate = Gate(jnp.float32(options.speculation_entropy), jnp.int32(most))
         self._answers: dict[str, dict[int, Answer]] = {}
         self._arrivals = 0
         self._ongoing: Launched | None = None

@@ -122,6 +122,95 @@ def test_a_length_beyond_the_model_s_positions_is_refused(make_engine):
         make_engine(max_model_len=100_000)
 
 
+def test_an_id_is_refused_as_long_as_its_request_is_not_answered(make_engine):
+    engine = make_engine()
+    engine.add(Request("x", (5, 7), greedy(2)))
+    with pytest.raises(RequestError, match="request id 'x' is taken by a request that is not answered yet"):
+        engine.add(Request("x", (5,), greedy(2)))
+    assert len([t for _ in range(4) for output in engine.step() for t in output.token_ids]) == 2
+    engine.add(Request("x", (5,), greedy(2)))
+    engine.abort("x")
+
+
+def test_what_the_queue_has_no_room_for_is_refused_and_leaves_nothing(make_engine):
+    engine = make_engine(max_num_queued=2)
+    with pytest.raises(RequestError, match="the queue is full: 0 of 2 places taken, 3 needed; try again later"):
+        engine.add(Request("many", (5, 7), greedy(2, n=3)))
+    assert not engine.busy
+    engine.add(Request("fits", (5, 7), greedy(2, n=2)))
+    with pytest.raises(RequestError, match="the queue is full: 2 of 2 places taken, 1 needed"):
+        engine.add(Request("next", (5, 7), greedy(2)))
+    engine.step()
+    engine.add(Request("next", (5, 7), greedy(2)))  # those before it run
+    answered = [output for _ in range(6) for output in engine.step() if output.finish_reason]
+    assert [(output.request_id, output.index) for output in answered] == [("fits", 0), ("fits", 1), ("next", 0)]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_an_aborted_request_ends_all_its_answers(make_engine, steps):
+    engine = make_engine()
+    engine.add(Request("many", (5, 7), greedy(100, n=6)))
+    for _ in range(steps):
+        engine.step()
+    engine.add(Request("next", (5, 7), greedy(2)))
+    engine.abort("many")
+    outputs = [output for _ in range(4) for output in engine.step()]
+    assert {output.request_id for output in outputs} == {"next"}
+    assert not engine.busy
+    scheduler = engine._scheduler
+    assert (scheduler.running, scheduler.num_waiting, scheduler.pool.used) == ([], 0, 0)
+
+
+def test_answers_to_one_prompt_are_those_of_seeds_one_after_another(make_engine):
+    how = {"temperature": 1.5, "max_tokens": 8, "ignore_eos": True}
+    outputs = serve(make_engine(), [[5, 6]], SamplingParams(n=3, seed=7, **how))[0]
+    together = [tokens([o for o in outputs if o.index == i]) for i in range(3)]
+    alone = serve(make_engine(), [[5, 6]] * 3, [SamplingParams(seed=7 + i, **how) for i in range(3)])
+    assert together == [tokens(o) for o in alone]
+
+
+def test_a_warm_engine_compiles_nothing_more_and_tells_how_far_it_is(make_engine):
+    cfg, model = hf.load(GOLDENS / "qwen3")
+    calls = []
+    options = EngineConfig(**SIZE | {"warmup": True})
+    engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), options, lambda *call: calls.append(call))
+    assert calls == [(i, 6) for i in range(1, 7)]  # 4 shapes of prefill and 2 of decode
+    serve(engine, PROMPTS, DRAWN)
+    serve(engine, [PROMPTS[2]], greedy(3, logprobs=2, prompt_logprobs=2, logit_bias={5: 1.0}, presence_penalty=1.0))
+    assert (engine.counters.compiled, engine.counters.late_compiled) == (6, 0)
+
+
+@pytest.mark.parametrize(("most", "rows"), [(0, 0), (3, 3), (2**40, SIZE["max_num_seqs"])])
+def test_the_gate_of_guesses_is_as_the_options_say(make_engine, most, rows):
+    gate = make_engine(speculation_entropy=0.5, speculation_max_seqs=most)._gate
+    assert (float(gate.entropy), int(gate.rows)) == (0.5, rows)
+
+
+def test_memory_is_that_of_the_weights_and_of_what_steps_keep(make_engine):
+    memory = make_engine("qwen3").memory
+    folder = GOLDENS / "qwen3"
+    assert memory.weights == sum(t.read().size * 4 for t in hf.open_folder(folder).values())
+    raw = hf.read_json(folder)
+    rows = 2 * raw["num_key_value_heads"] * raw["head_dim"] * raw["num_hidden_layers"] * 4  # keys, values, float32
+    cache = rows * SIZE["max_num_seqs"] * SIZE["max_model_len"]
+    slots = SIZE["max_num_seqs"] * (3 * 4 + raw["vocab_size"] * (4 + 1 + 4))  # columns, and marks for each token
+    assert memory.cache == cache + slots
+
+
+def test_counters_add_up(make_engine):
+    engine = make_engine("qwen3")
+    count, c = 6, engine.counters
+    prompt = list(range(2, 72))
+    for known in (0, 64):
+        before = c.prompt_tokens, c.cached_tokens, c.generated_tokens, c.decoded_rows, c.steps
+        serve(engine, [prompt], greedy(count))
+        after = c.prompt_tokens, c.cached_tokens, c.generated_tokens, c.decoded_rows, c.steps
+        grown = [new - old for new, old in zip(after, before, strict=True)]
+        assert grown[:4] == [len(prompt), known, count, count - 1]
+        assert 2 <= grown[4] <= count + 1
+    assert (c.running, c.waiting, c.pages_used, c.preemptions, c.accepted, c.tokens_per_row) == (0, 0, 0, 0, [], 1.0)
+
+
 def test_scores_that_are_not_finite_end_their_request_and_no_other():
     cfg, model = hf.load(GOLDENS / "qwen3")
     broken = model._replace(embed=model.embed.at[9].set(jnp.nan))
