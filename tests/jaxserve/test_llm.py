@@ -1,6 +1,7 @@
 import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from jaxserve import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from jaxserve.checkpoints import store
 from jaxserve.checkpoints.hub import EMBEDDED
-from tests.jaxserve.conftest import GOLDENS
+from tests.jaxserve.conftest import GOLDENS, word_tokenizer
+from tests.jaxserve.conftest import SIZE as TINY
 
 SIZE: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "warmup": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -165,3 +167,54 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     shutil.copy(EMBEDDED / "tokenizer.json", tmp_path)
     with pytest.raises(CheckpointError, match="tokenizer.json has 4096 tokens, config.json has a vocab_size of 97"):
         LLM(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of random weights, of which token 9 stands for scores that are not finite."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDENS / "qwen3" / name, folder)
+    (folder / "tokenizer.json").write_text(word_tokenizer(97).to_json())
+    llm = LLM(folder, **TINY)
+    llm.engine._model = llm.engine._model._replace(embed=llm.engine._model.embed.at[9].set(jnp.nan))
+    return llm
+
+
+def test_a_request_that_fails_leaves_the_answers_of_the_others(tiny):
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias={9: -100})
+    expected = tiny.generate([[5, 7], [3]], params)
+    found = tiny.generate([[5, 7], [6, 9], [3]], params)
+    assert [found[0].outputs, found[2].outputs] == [result.outputs for result in expected]
+    (failed,) = found[1].outputs
+    assert (failed.finish_reason, failed.token_ids, failed.text) == ("error", [], "")
+    assert "scores are not finite" in failed.error
+    assert all(result.finished for result in found)
+    assert not tiny.engine.busy
+
+
+def test_a_stream_s_request_ids_are_the_numbers_of_its_prompts(tiny):
+    for _ in range(2):
+        pieces = list(tiny.stream([[5, 7], [3], [2, 4]], SamplingParams(temperature=0, max_tokens=3, n=2)))
+        assert {(p.request_id, p.index) for p in pieces} == {(id, i) for id in "012" for i in range(2)}
+        assert sorted(p.request_id for p in pieces if p.finish_reason) == ["0", "0", "1", "1", "2", "2"]
+
+
+def test_a_prompt_may_have_several_answers(tiny):
+    params = SamplingParams(n=3, temperature=1.5, seed=3, max_tokens=5, ignore_eos=True, logit_bias={9: -100})
+    results = tiny.generate([[5, 7], [3]], params)
+    for result in results:
+        assert [answer.index for answer in result.outputs] == [0, 1, 2]
+        assert all(len(answer.token_ids) == 5 for answer in result.outputs)
+        assert len({tuple(answer.token_ids) for answer in result.outputs}) == 3
+    one = replace(params, n=1, seed=4)
+    assert tiny.generate([[5, 7]], one)[0].outputs[0].token_ids == results[0].outputs[1].token_ids
+
+
+def test_prompts_that_the_queue_has_no_room_for_are_refused_with_those_before_them(tiny, monkeypatch):
+    scheduler = tiny.engine._scheduler
+    monkeypatch.setattr(scheduler, "limits", scheduler.limits._replace(queued=2))
+    with pytest.raises(RequestError, match="the queue is full: 2 of 2 places taken, 1 needed; try again later"):
+        tiny.generate([[5, 7]] * 3, GREEDY)
+    assert not tiny.engine.busy
+    assert scheduler.num_waiting == 0
