@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+
+from jaxserve.packing import Packer
+from jaxserve.programs import Tiles
+from jaxserve.request import Request, SamplingParams
+from jaxserve.scheduler import Chunk, Sequence
+
+SLOTS, VOCABULARY = 4, 40
+
+
+class Forbids:
+    """A guide that allows token 3 alone, and anything after a guess."""
+
+    guesses = [5]
+
+    def bits(self, guesses):
+        return np.array([[1 << 3, 0]] + [[0xFFFFFFFF] * 2] * len(guesses), np.uint32)
+
+
+def sequence(slot, tokens, **more):
+    request = Request(str(slot), tuple(tokens), SamplingParams())
+    return Sequence(request, 0, seed=0, limit=99, arrival=0, tokens=list(tokens), slot=slot, **more)
+
+
+@pytest.fixture
+def packer():
+    return Packer(drafts=1, vocabulary=VOCABULARY, slots=SLOTS)
+
+
+def test_each_chunk_begins_a_tile_and_is_filled_up_with_padding(packer):
+    chunks = [Chunk(sequence(2, range(10, 16)), 0, 6, True), Chunk(sequence(1, range(20, 29)), 4, 8, False)]
+    pack, _ = packer.chunks(chunks, Tiles(4, 4), {})
+    assert pack.tokens_t.tolist() == [10, 11, 12, 13, 14, 15, 0, 0, 24, 25, 26, 27, 0, 0, 0, 0]
+    assert pack.positions_t.tolist() == [0, 1, 2, 3, 4, 5, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1]
+    assert pack.slots_a.tolist()[:3] == [2, 2, 1]
+
+
+def test_the_next_token_is_given_where_it_is_known(packer):
+    chunks = [Chunk(sequence(2, range(10, 16)), 0, 6, True), Chunk(sequence(1, range(20, 29)), 4, 8, False)]
+    pack, _ = packer.chunks(chunks, Tiles(4, 4), {})
+    assert pack.next_t.tolist()[:5] == [11, 12, 13, 14, 15]
+    assert pack.next_t.tolist()[8:12] == [25, 26, 27, 28]
+
+
+def test_only_chunks_that_complete_their_sequence_get_a_row(packer):
+    chunks = [Chunk(sequence(1, range(20, 29)), 4, 8, False), Chunk(sequence(2, range(10, 13)), 0, 3, True)]
+    pack, _ = packer.chunks(chunks, Tiles(4, 4), {})
+    assert pack.rows_a.tolist() == [2, SLOTS, SLOTS, SLOTS]
+    assert pack.last_a.tolist() == [6, 16, 16, 16]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_known_tokens_are_reported_if_one_of_the_chunks_wants_it(packer, whole):
+    chunks = [Chunk(sequence(0, [1, 2]), 0, 2, True), Chunk(sequence(1, [1, 2], whole=whole), 0, 2, True)]
+    assert bool(packer.chunks(chunks, Tiles(4, 4), {})[0].reported) == whole
+
+
+def test_rows_are_filled_up_with_numbers_that_are_no_slot(packer):
+    rows, masks = packer.rows([sequence(3, [1]), sequence(0, [1])], 4, {})
+    assert rows.tolist() == [3, 0, SLOTS, SLOTS]
+    assert not masks.masked_s.any()
+    assert masks.bits_sw.shape == (4, 2, 2)
+
+
+def test_what_did_not_change_is_not_sent_again(packer):
+    rows = [sequence(3, [1]), sequence(0, [1])]
+    first, masks = packer.rows(rows, 4, {})
+    again, same = packer.rows(rows, 4, {})
+    assert again is first and same is masks
+    assert packer.rows(rows[:1], 4, {})[0].tolist() == [3, SLOTS, SLOTS, SLOTS]
+    assert packer.number(2) is packer.number(2) is not packer.number(3)
+
+
+def test_a_guided_row_has_its_mask_and_the_others_are_free(packer):
+    free, guided = sequence(3, [1]), sequence(0, [1])
+    _, masks = packer.rows([free, guided], 4, {guided: Forbids()})
+    assert masks.masked_s.tolist() == [False, True, False, False]
+    assert masks.bits_sw[1].tolist() == [[8, 0], [0xFFFFFFFF] * 2]
+
+
+def test_a_guided_prompt_has_a_mask_for_its_first_token_in_its_own_row(packer):
+    behind, guided = sequence(3, range(9)), sequence(0, [1, 2])
+    chunks = [Chunk(behind, 0, 4, True), Chunk(guided, 0, 2, True)]
+    _, masks = packer.chunks(chunks, Tiles(4, 4), {guided: Forbids()})
+    assert masks.masked_s.tolist() == [True, False, False, False]
+    assert masks.bits_sw[0].tolist() == [[8, 0]]
