@@ -1,15 +1,19 @@
 """Tiny checkpoints with a tokenizer, and engines that serve them."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.checkpoints import hf
+from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.engine import Engine
 from jaxserve.options import EngineConfig
+from jaxserve.programs import Tiles
 from jaxserve.request import Output, Request, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
@@ -41,6 +45,29 @@ def make_engine():
         return Engine(model, cfg, word_tokenizer(cfg.vocab_size), settings)
 
     return make
+
+
+@functools.cache
+def loaded(name: str):
+    """A checkpoint's engine parts, and its config and weights as published."""
+    folder = EMBEDDED if name == "embedded" else GOLDENS / name
+    cfg, model = hf.load(folder, "float32")
+    tokenizer = Tokenizer.from_folder(folder) if name == "embedded" else word_tokenizer(cfg.vocab_size)
+    weights = {key: np.asarray(tensor.read(), np.float64) for key, tensor in hf.open_folder(folder).items()}
+    return cfg, model, tokenizer, hf.read_json(folder), weights
+
+
+@functools.cache
+def engine(name: str, drafts: int) -> Engine:
+    """Pages of 16 tokens, steps of 128; three programs, compiled when they are needed."""
+    cfg, model, tokenizer, *_ = loaded(name)
+    options = EngineConfig(
+        max_num_seqs=16, max_model_len=128, max_num_batched_tokens=128, page_size=16, num_speculative_tokens=drafts,
+        speculation_entropy=3.0, warmup=False,
+    )  # fmt: skip
+    made = Engine(model, cfg, tokenizer, options)
+    made._shapes = made._shapes._replace(prefill=(Tiles(16, 8),), decode=(1, 16))
+    return made
 
 
 def serve(engine: Engine, prompts, params) -> list[list[Output]]:

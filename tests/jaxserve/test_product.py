@@ -4,17 +4,11 @@ import functools
 import itertools
 import random
 
-import numpy as np
 import pytest
 
-from jaxserve.checkpoints import hf
-from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.engine import Engine
-from jaxserve.options import EngineConfig
-from jaxserve.programs import Tiles
 from jaxserve.request import Request, SamplingParams
-from jaxserve.tokenizer import Tokenizer
-from tests.jaxserve.conftest import GOLDENS, word_tokenizer
+from tests.jaxserve.conftest import engine, loaded
 from tests.oracles.generate import generate
 
 LENGTHS = (1, 2, 5, 7, 15, 16, 17, 23, 31, 32, 33, 48, 50, 64, 65, 80)
@@ -23,31 +17,6 @@ ALONE = (0, 5, 10, 15)
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "seed": 1234}
 GREEDY = {"temperature": 0.0}
 NEW = 14
-
-
-@functools.cache
-def loaded(name: str):
-    """A checkpoint's engine parts, and its config and weights as published."""
-    folder = EMBEDDED if name == "embedded" else GOLDENS / name
-    cfg, model = hf.load(folder, "float32")
-    tokenizer = Tokenizer.from_folder(folder) if name == "embedded" else word_tokenizer(cfg.vocab_size)
-    weights = {key: np.asarray(tensor.read(), np.float64) for key, tensor in hf.open_folder(folder).items()}
-    return cfg, model, tokenizer, hf.read_json(folder), weights
-
-
-@functools.cache
-def engine(name: str, drafts: int) -> Engine:
-    """Pages of 16 tokens, steps of 128; programs are compiled when they are needed."""
-    cfg, model, tokenizer, *_ = loaded(name)
-    options = EngineConfig(
-        max_num_seqs=16, max_model_len=128, max_num_batched_tokens=128, page_size=16, num_speculative_tokens=drafts,
-        speculation_entropy=3.0, warmup=False,
-    )  # fmt: skip
-    made = Engine(model, cfg, tokenizer, options)
-    made._shapes = made._shapes._replace(
-        prefill=(Tiles(16, 8),), decode=(1, 16)
-    )  # to compile three programs, not seven
-    return made
 
 
 @functools.cache
