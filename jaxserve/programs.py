@@ -32,9 +32,9 @@ class Shapes(NamedTuple):
         A step is up to 16 tiles, for chunks of many prompts, or one that is as long as all of them: attention of a
         single long chunk costs less so. Rows go up by fours.
         """
-        width = max(1, tokens // 16)
-        counts = [n for n in (1, 4, 16) if n * width <= tokens]
-        packed = [Tiles(n, width) for n in counts]
+        width = -(-tokens // 16)
+        most = tokens // width
+        packed = [Tiles(n, width) for n in (1, 4) if n < most] + [Tiles(most, width)]
         long = [Tiles(1, tokens)] if tokens > width else []
         rows = [4**i for i in range(16) if 4**i < slots]
         return cls((*packed, *long), (*rows, slots))

@@ -1,0 +1,92 @@
+from itertools import combinations_with_replacement
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.programs import Programs, Shapes, Tiles
+
+
+def tiles(sizes, width: int) -> int:
+    return sum(-(-size // width) for size in sizes)
+
+
+@given(data=st.data(), tokens=st.integers(1, 600), slots=st.integers(1, 300))
+def test_whatever_can_be_planned_has_a_shape_with_the_least_padding(data, tokens, slots):
+    shapes = Shapes.of(tokens, slots)
+    room, sizes = tokens // shapes.tile, []
+    while room and (not sizes or data.draw(st.booleans())):
+        sizes.append(data.draw(st.integers(1, room * shapes.tile)))
+        room -= tiles(sizes[-1:], shapes.tile)
+    found = shapes.for_chunks(sizes)
+    assert found in shapes.prefill
+    assert tiles(sizes, found.width) <= found.number
+    fitting = [shape for shape in shapes.prefill if tiles(sizes, shape.width) <= shape.number]
+    assert found.tokens == min(shape.tokens for shape in fitting)
+    assert all(shape.tokens <= tokens for shape in shapes.prefill)
+
+
+@given(slots=st.integers(1, 300), data=st.data())
+def test_rows_of_any_number_have_the_smallest_shape_that_holds_them(slots, data):
+    shapes, count = Shapes.of(512, slots), data.draw(st.integers(1, slots))
+    found = shapes.for_rows(count)
+    assert found in shapes.decode
+    assert not any(count <= rows < found for rows in shapes.decode)
+    assert found <= min(slots, 4 * count)
+
+
+@pytest.mark.parametrize("tokens", [16, 20, 31, 64])
+def test_every_set_of_chunks_that_fills_a_step_fits(tokens):
+    shapes = Shapes.of(tokens, 4)
+    room = tokens // shapes.tile
+    for count in range(1, 4):
+        for sizes in combinations_with_replacement(range(1, tokens + 1), count):
+            if tiles(sizes, shapes.tile) <= room:
+                assert tiles(sizes, shapes.for_chunks(sizes).width) <= shapes.for_chunks(sizes).number
+
+
+def test_shapes_are_few_and_a_lone_long_chunk_is_one_tile():
+    shapes = Shapes.of(512, 8)
+    assert shapes == Shapes((Tiles(1, 32), Tiles(4, 32), Tiles(16, 32), Tiles(1, 512)), (1, 4, 8))
+    assert shapes.for_chunks([512]) == shapes.for_chunks([200]) == Tiles(1, 512)
+    assert shapes.for_chunks([200, 1]) == Tiles(16, 32)
+    assert shapes.for_chunks([100]) == Tiles(4, 32)
+    assert shapes.for_chunks([32]) == Tiles(1, 32)
+
+
+def test_the_smallest_step_and_a_single_slot_have_shapes():
+    assert Shapes.of(1, 1) == Shapes((Tiles(1, 1),), (1,))
+
+
+class Lowered:
+    """What `lower` gives: notes that it is compiled."""
+
+    def __init__(self, shape, log: list):
+        self._shape, self._log = shape, log
+
+    def compile(self) -> str:
+        self._log.append(self._shape)
+        return f"program {self._shape}"
+
+
+def test_each_shape_is_compiled_once_and_what_comes_late_is_counted():
+    log, told = [], []
+    programs = Programs(lambda shape: Lowered(shape, log))
+    programs.compile([4, 1], lambda *progress: told.append(progress))
+    assert (sorted(log), told, len(programs), programs.late) == ([1, 4], [(1, 2), (2, 2)], 2, 0)
+    assert [programs[shape] for shape in (1, 4, 1)] == ["program 1", "program 4", "program 1"]
+    assert programs.late == 0
+    assert [programs[16], programs[16]] == ["program 16"] * 2
+    programs.compile([1, 16, 64])
+    assert (sorted(log), len(programs), programs.late) == ([1, 4, 16, 64], 4, 1)
+
+
+def test_what_can_not_be_compiled_says_so_and_is_tried_again():
+    def lower(shape):
+        raise ValueError(f"no program of {shape}")
+
+    programs = Programs(lower)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no program of 3"):
+            programs[3]
+    assert (programs.late, len(programs)) == (0, 0)
