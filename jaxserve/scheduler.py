@@ -188,13 +188,13 @@ class Scheduler:
         return self._reserve(s, len(s.tokens) + s.ahead + (rounds - 1) * (1 + self.limits.drafts))
 
     def _reserve(self, s: Sequence, tokens: int) -> bool:
-        """Pages for so many tokens and for guesses after them, if need be those of sequences that come later.
+        """Gets the pages needed for so many tokens, if need be those of sequences that come later.
 
         False if there are too few, or if the sequence lost its own to one that comes before it.
         """
         if s.slot is None:
             return False
-        missing = self._pages(min(tokens + 2 * self.limits.drafts, s.limit - 1)) - len(s.pages)
+        missing = self._needed(s, tokens) - len(s.pages)
         while missing > 0:
             pages = self.pool.allocate(missing)
             if pages is not None:
@@ -236,11 +236,14 @@ class Scheduler:
             yield heapq.heappop(self._waiting)
 
     def _start(self, s: Sequence) -> bool:
-        """Gives the first that waits a slot and the pages that are computed already, if the others fit too."""
+        """Gives the first that waits a slot and the pages that are computed already, if the others fit too.
+
+        So it preempts nobody: that could be one whose chunk is in the plan by now.
+        """
         keys = self.pool.keys(s.tokens) if self.limits.share else []
         found = [] if s.whole else self.pool.find(s.tokens, keys[: (len(s.tokens) - 1) // self.pool.page_size])
         self.pool.share(found)
-        if self._pages(len(s.tokens)) - len(found) > self.pool.available:
+        if self._needed(s, len(s.tokens)) - len(found) > self.pool.available:
             self.pool.release(found)
             return False
         s.slot, s.pages, s.keys, s.published = self._slots.pop(), found, keys, len(found)
@@ -267,5 +270,6 @@ class Scheduler:
         s.least += sign * (rounds or 1)
         s.ahead += sign * (1 if rounds is None else rounds * (1 + self.limits.drafts))
 
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens // self.pool.page_size)
+    def _needed(self, s: Sequence, tokens: int) -> int:
+        """Pages for so many tokens, and for guesses after them as far as the sequence can go."""
+        return -(-min(tokens + 2 * self.limits.drafts, s.limit - 1) // self.pool.page_size)
