@@ -49,7 +49,7 @@ class Guide:
         taken = 0
         for place, row in enumerate(rows):
             if self._matcher is not None:
-                row[:] = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+                row[:] = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]  # it may have one more
             self._ban(row, [*self._said, *guesses[:place]])
             if place == len(guesses) or not _has(row, guesses[place]) or not self._take(guesses[place]):
                 break
