@@ -67,9 +67,10 @@ class Completion:
 
 
 def ends(request: Request, eos_ids: Iterable[int]) -> frozenset[int]:
-    """The tokens that end a request's answer."""
-    own = () if request.params.ignore_eos else eos_ids
-    return frozenset(own) | frozenset(request.params.stop_token_ids or ())
+    """The tokens that end a request's answer. A form allows the model's own only where it is complete: it counts."""
+    p = request.params
+    own = () if p.ignore_eos and p.structured_outputs is None else eos_ids
+    return frozenset(own) | frozenset(p.stop_token_ids or ())
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -29,7 +29,7 @@ class Guide:
     @property
     def over(self) -> bool:
         """Whether the form is complete, and nothing can follow."""
-        return self._matcher is not None and self._matcher.is_stopped()
+        return self._matcher is not None and self._matcher.is_stopped() and not self._matcher.is_error()
 
     def push(self, tokens: Sequence[int]) -> int:
         """Notes what was said, up to where the form is complete; returns how many tokens that is."""
@@ -49,7 +49,7 @@ class Guide:
         taken = 0
         for place, row in enumerate(rows):
             if self._matcher is not None:
-                row[:] = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]  # it may have one more
+                row[:] = _allowed(self._matcher, self._words)
             self._ban(row, [*self._said, *guesses[:place]])
             if place == len(guesses) or not _has(row, guesses[place]) or not self._take(guesses[place]):
                 break
@@ -65,6 +65,12 @@ class Guide:
         for *before, last in self._banned:
             if said[len(said) - len(before) :] == before:
                 row[last // 32] &= ~np.uint32(1 << (last % 32))
+
+
+def _allowed(matcher: LLMatcher, words: int) -> np.ndarray:
+    """The matcher's mask; nothing is allowed if it gave up, as it does when a form takes too long to follow."""
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+    return np.zeros(words, np.uint32) if matcher.is_error() else bits[:words]  # it may have a word more
 
 
 def _has(row: np.ndarray, token: int) -> bool:
@@ -88,7 +94,8 @@ class Guides:
         form = params.structured_outputs
         if form is None and not banned:
             return None
-        return Guide(self._vocabulary, None if form is None else self._matcher(_grammar(form)).deep_copy(), banned)
+        matcher = None if form is None else self._matcher(_grammar(form), form.name).deep_copy()
+        return Guide(self._vocabulary, matcher, banned)
 
     def bias(self, params: SamplingParams) -> np.ndarray | None:
         """float32[vocabulary] to be added to the scores, -inf where a token is not allowed; None if it were all 0."""
@@ -109,28 +116,47 @@ class Guides:
         runs = [tuple(encode(space + text, add_special_tokens=False)) for text in spelled for space in ("", " ")]
         return list(dict.fromkeys(run for run in runs if run))
 
-    def _new_matcher(self, grammar: str) -> LLMatcher:
+    def _new_matcher(self, grammar: str, name: str) -> LLMatcher:
         if self._ll is None:
-            self._ll = LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocabulary, eos_token=self._eos_ids)
+            self._ll = self._new_tokenizer()
         fault = LLMatcher.validate_grammar(grammar, self._ll)
         if fault and not fault.startswith("WARNING"):
-            raise RequestError(f"structured_outputs can't be followed: {fault}")
-        return LLMatcher(self._ll, grammar, log_level=0)
+            raise RequestError(f"structured_outputs.{name} can't be followed: {_short(fault, name)}")
+        matcher = LLMatcher(self._ll, grammar, log_level=0)
+        if not _allowed(matcher, -(-self._vocabulary // 32)).any():
+            raise RequestError(f"structured_outputs.{name} can't be followed: no text has this form")
+        return matcher
+
+    def _new_tokenizer(self) -> LLTokenizer:
+        try:
+            return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocabulary, eos_token=self._eos_ids)
+        except ValueError as error:
+            raise RequestError(f"structured_outputs can't be followed with this model's tokenizer: {error}") from None
+
+
+def _short(fault: str, name: str) -> str:
+    """Where and why, without the excerpt of the source; of a regex without the place in the grammar that it became."""
+    lines = [line.strip() for line in fault.splitlines()]
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join(reasons if reasons and name == "regex" else [lines[0], *reasons])
 
 
 def _grammar(form: StructuredOutputs) -> str:
+    """The form as llguidance writes it."""
     try:
         if form.json_object:
             return LLMatcher.grammar_from_json_schema({"type": "object"})
         if form.json is not None:
-            return LLMatcher.grammar_from_json_schema(form.json if isinstance(form.json, str) else dict(form.json))
-    except ValueError as error:
-        raise RequestError(f"structured_outputs.json is no JSON schema: {error}") from None
-    if form.regex is not None:
-        return LLMatcher.grammar_from_regex(form.regex)
-    if form.choice is not None:
-        return LLMatcher.grammar_from_lark(
-            "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
-        )
-    assert form.grammar is not None
-    return LLMatcher.grammar_from_lark(form.grammar)
+            schema = json.loads(form.json) if isinstance(form.json, str) else dict(form.json)
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False))
+        if form.regex is not None:
+            return LLMatcher.grammar_from_regex(form.regex)
+        if form.choice is not None:
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, form.choice)))
+        return LLMatcher.grammar_from_lark(form.grammar or "")
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"structured_outputs.{form.name} can't be followed: {error}") from None
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # raw, it is no character of Lark's

@@ -1,8 +1,10 @@
 """What is asked for and what comes back. Plain Python: no arrays, no JAX."""
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 from jaxserve.parallel.errors import RequestError
@@ -27,22 +29,26 @@ class StructuredOutputs:
             raise RequestError(
                 f"structured_outputs has {' and '.join(given) or 'nothing'}; give one of {', '.join(_FORMS)}"
             )
-        for name, kinds in _FORMS.items():
+        for name, (kinds, rule) in _FORMS.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, kinds):
-                raise RequestError(f"structured_outputs.{name} = {value!r}: it must be {_named(kinds)}")
-        texts = self.choice if isinstance(self.choice, Sequence) else ()
-        if isinstance(self.choice, str) or self.choice == [] or not all(isinstance(t, str) and t for t in texts):
-            raise RequestError(f"structured_outputs.choice = {self.choice!r}: it must be a list of texts, none empty")
+            texts = name != "choice" or (not isinstance(value, str) and bool(value) and _is_texts(value))
+            if value is not None and not (value != "" and isinstance(value, kinds) and texts):
+                raise RequestError(f"structured_outputs.{name} = {reprlib.repr(value)}: it must be {rule}")
+
+    @property
+    def name(self) -> str:
+        """Which form it is."""
+        return next(name for name in _FORMS if getattr(self, name) not in (None, False))
 
 
-_FORMS: dict[str, tuple[type, ...]] = {
-    "json": (str, Mapping),
-    "regex": (str,),
-    "choice": (Sequence,),
-    "grammar": (str,),
-    "json_object": (bool,),
+_FORMS: dict[str, tuple[tuple[type, ...], str]] = {
+    "json": ((str, Mapping), "a JSON schema, as a text or a dict"),
+    "regex": ((str,), "a text, not empty"),
+    "choice": ((Sequence,), "a list of texts, none empty"),
+    "grammar": ((str,), "a text in Lark's notation, not empty"),
+    "json_object": ((bool,), "True or False"),
 }
+"""The types each may have, and what they must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +86,12 @@ class SamplingParams:
     def __post_init__(self):
         for name, ok, rule in self._rules():
             if not ok:
-                raise RequestError(f"{name} = {getattr(self, name)!r}: it must be {rule}")
+                raise RequestError(f"{name} = {reprlib.repr(getattr(self, name))}: it must be {rule}")
         if self.structured_outputs and self.min_tokens:
             raise RequestError("min_tokens can't be set with structured_outputs: the form decides where an answer ends")
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Real) and not isinstance(value, int | float):  # NumPy's: sums of small ones overflow
+                object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -102,14 +111,16 @@ class SamplingParams:
         yield "n", _whole(self.n, 1, 1024), "a whole number from 1 to 1024"
         yield "temperature", _number(self.temperature, 0, 1e6), "a finite number, 0 or more (1e6 at most)"
         yield "top_k", _whole(self.top_k, -1, 2**31 - 1), "a whole number, 0 (off) or more; -1 is off too"
-        yield "top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "above 0 and at most 1"
-        yield "min_p", _number(self.min_p, 0, 1), "from 0 to 1"
-        yield "seed", self.seed is None or _whole(self.seed, 0, 2**32 - 1), "from 0 to 2**32 - 1, or None"
-        fits = _number(self.repetition_penalty, 0, 1e6) and self.repetition_penalty > 0
-        yield "repetition_penalty", fits, "above 0 (1 is off, 1e6 at most)"
-        yield "presence_penalty", _number(self.presence_penalty, -2, 2), "from -2 to 2"
-        yield "frequency_penalty", _number(self.frequency_penalty, -2, 2), "from -2 to 2"
-        yield "logit_bias", _is_bias(self.logit_bias), "token ids with a number from -100 to 100 each, or None"
+        yield "top_p", _number(self.top_p, 0, 1) and self.top_p > 0, "a number above 0 and at most 1"
+        yield "min_p", _number(self.min_p, 0, 1), "a number from 0 to 1"
+        given = self.seed is None or _whole(self.seed, 0, 2**32 - 1)
+        yield "seed", given, "a whole number from 0 to 2**32 - 1, or None"
+        fits = _number(self.repetition_penalty, 1e-6, 1e6)
+        yield "repetition_penalty", fits, "a number above 0 (from 1e-6 to 1e6; 1 is off)"
+        yield "presence_penalty", _number(self.presence_penalty, -2, 2), "a number from -2 to 2"
+        yield "frequency_penalty", _number(self.frequency_penalty, -2, 2), "a number from -2 to 2"
+        rule = "a dict from token ids to a number from -100 to 100 each, or None"
+        yield "logit_bias", _is_bias(self.logit_bias), rule
         few = self.allowed_token_ids is None or (_ids(self.allowed_token_ids) and len(self.allowed_token_ids) > 0)
         yield "allowed_token_ids", few, "a list of token ids, not empty, or None"
         yield "bad_words", _is_texts(self.bad_words), "a text or several, none empty, or None"
@@ -119,21 +130,26 @@ class SamplingParams:
         ends = self.stop_token_ids is None or _ids(self.stop_token_ids)
         yield "stop_token_ids", ends, "a list of token ids (whole numbers), or None"
         yield "max_tokens", self.max_tokens is None or _whole(self.max_tokens, 1), "a whole number, 1 or more, or None"
-        most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
-        yield "min_tokens", _whole(self.min_tokens, 0, most), f"from 0 to max_tokens ({self.max_tokens})"
+        most, named = (2**31 - 1, "2**31 - 1") if self.max_tokens is None else (self.max_tokens, "max_tokens ({})")
+        rule = f"a whole number from 0 to {named.format(most)}"
+        yield "min_tokens", _whole(self.min_tokens, 0, most), rule
         for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            yield name, value is None or _whole(value, 0, MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}, or None"
+            fits = getattr(self, name) is None or _whole(getattr(self, name), 0, MAX_LOGPROBS)
+            yield name, fits, f"a whole number from 0 to {MAX_LOGPROBS}, or None"
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             yield name, isinstance(getattr(self, name), bool), "True or False"
 
 
-def _number(value: object, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+def _number(value: Any, low: float, high: float) -> bool:
+    return _is_number(value) and bool(low <= value <= high)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _whole(value: object, low: int = 0, high: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _ids(value: object) -> bool:
@@ -154,10 +170,6 @@ def _is_bias(value: object) -> bool:
     return value is None or (
         isinstance(value, Mapping) and all(_whole(t) and _number(b, -100, 100) for t, b in value.items())
     )
-
-
-def _named(kinds: tuple[type, ...]) -> str:
-    return " or ".join({"str": "a text", "Mapping": "a dict", "bool": "True"}.get(k.__name__, "a list") for k in kinds)
 
 
 @dataclass(frozen=True)

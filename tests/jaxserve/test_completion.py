@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.completion import Completion
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request, SamplingParams, StructuredOutputs
 
 
 class Words:
@@ -76,6 +76,37 @@ def test_a_stop_text_before_min_tokens_does_not_end_the_answer():
 def test_text_is_what_stands_before_the_stop_text_however_it_is_cut(words, stop):
     outputs = run([*words, "<end>"], stop=stop)
     assert text(outputs) == "".join(words).split(stop)[0]
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=3), max_size=12), st.text("ab", min_size=1, max_size=4))
+def test_text_ends_with_the_stop_text_if_that_is_asked_for(words, stop):
+    before, found, _ = "".join(words).partition(stop)
+    assert text(run([*words, "<end>"], stop=stop, include_stop_str_in_output=True)) == before + found
+
+
+def test_a_stop_token_of_one_s_own_is_the_reason_and_has_no_text():
+    outputs = run(["a", "b", "c", "<end>"], stop_token_ids=[1])
+    assert text(outputs) == "a"
+    assert (outputs[-1].token_ids, outputs[-1].finish_reason, outputs[-1].stop_reason) == ((1,), "stop", 1)
+
+
+def test_tokens_after_the_one_that_ends_the_answer_do_not_count():
+    completion = Completion(Request("r", (0,), SamplingParams(stop="b")), 0, Words("abcd"), [3], limit=9)
+    output = completion.push([0, 1, 2, 3], [{}, {}, {}, {}])
+    assert (output.text, output.token_ids, len(output.logprobs), output.stop_reason) == ("a", (0, 1), 2, "b")
+
+
+def test_what_is_over_ends_with_its_last_token():
+    completion = Completion(Request("r", (0,), SamplingParams(stop="bx")), 0, Words("ab"), [], limit=9)
+    output = completion.push([0, 1], over=True)
+    assert (output.text, output.finish_reason, output.stop_reason) == ("ab", "stop", None)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_the_end_of_a_form_has_no_text_even_if_the_model_s_end_is_ignored(ignore_eos):
+    form = StructuredOutputs(regex="a+")
+    outputs = run(["a", "<end>"], structured_outputs=form, ignore_eos=ignore_eos)
+    assert (text(outputs), outputs[-1].finish_reason) == ("a", "stop")
 
 
 @pytest.mark.parametrize("limit", [1, 3])
