@@ -5,20 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.layers.sampling import Sampling, keep, logprobs, rank, sample
+from jaxserve.layers.sampling import Sampling, allow, entropy, forbid, keep, logprobs, penalize, rank, sample
 from tests.oracles import reference
+from tests.oracles.generate import penalized
+from tests.tolerances import OP, assert_close
 
 
-def how(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
-    fill = lambda value, dtype: jnp.full(count, value, dtype)  # noqa: E731
-    off = {
-        "repetition_s": fill(1.0, jnp.float32),
-        "presence_s": fill(0, jnp.float32),
-        "frequency_s": fill(0, jnp.float32),
-    }
+def how(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, repetition=1.0, presence=0.0, frequency=0.0):
+    fill = lambda value, dtype=jnp.float32: jnp.full(count, value, dtype)  # noqa: E731
     return Sampling(
-        fill(temperature, jnp.float32), fill(top_k, jnp.int32), fill(top_p, jnp.float32), fill(min_p, jnp.float32),
-        fill(seed, jnp.uint32), **off,
+        fill(temperature), fill(top_k, jnp.int32), fill(top_p), fill(min_p), fill(seed, jnp.uint32), fill(repetition),
+        fill(presence), fill(frequency),
     )  # fmt: skip
 
 
@@ -63,6 +60,108 @@ def test_draws_follow_the_softmax(temperature):
     expected = reference.softmax(scores / temperature) * count
     chi_square = ((np.bincount(drawn, minlength=5) - expected) ** 2 / expected).sum()
     assert chi_square < 18.5  # exceeded once in a thousand at four degrees of freedom
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.3}, {"top_k": 4, "top_p": 0.9, "min_p": 0.05}]
+)
+def test_draws_after_filters_and_penalties_follow_the_softmax_of_what_is_left(filters):
+    scores, said, prompt, temperature = np.array([1.0, 0.0, -1.0, 2.0, 0.5]), [0, 0, 1], [2, 3], 1.3
+    costs = {"repetition": 1.2, "presence": 0.1, "frequency": 0.2}
+    left = penalized(scores, said, prompt, {f"{name}_penalty": cost for name, cost in costs.items()})
+    keeps = {"k": filters.get("top_k", 5), "p": filters.get("top_p", 1.0), "min_p": filters.get("min_p", 0.0)}
+    kept_ids = sorted(reference.kept_set(left, temperature, **keeps))
+    count = 20_000
+    params = how(count, temperature, **filters, **costs)
+    rows = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, 5))
+    counts = jnp.broadcast_to(jnp.asarray(np.bincount(said, minlength=5), jnp.int32), (count, 5))
+    marks = jnp.broadcast_to(jnp.asarray(np.isin(np.arange(5), prompt)), (count, 5))
+    drawn = np.asarray(sample(penalize(rows, counts, marks, params), jnp.arange(count), params))
+    assert sorted(set(drawn.tolist())) == kept_ids
+    assert 1 < len(kept_ids) < 5
+    expected = reference.softmax(left[kept_ids] / temperature) * count
+    chi_square = ((np.bincount(drawn, minlength=5)[kept_ids] - expected) ** 2 / expected).sum()
+    assert chi_square < 16.3  # exceeded once in a thousand at three degrees of freedom, less often at fewer
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 9.9e-6])
+def test_a_tiny_temperature_takes_the_most_probable_token(temperature, key):
+    rows = jax.random.normal(key, (20, 50))
+    found = sample(rows, jnp.arange(20), how(20, temperature))
+    np.testing.assert_array_equal(found, rows.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e4, 3e38])
+def test_a_small_temperature_overflows_nowhere(largest):
+    row = jnp.zeros((1, 50)).at[0, :3].set(jnp.array([-largest, largest, -jnp.inf]))
+    assert int(sample(row, jnp.array([3]), how(1, 1e-4, top_p=0.99, top_k=3, min_p=0.01))[0]) == 1
+
+
+def test_a_small_temperature_still_draws_between_tokens_as_close_as_it():
+    count, temperature = 20_000, 1e-4
+    row = np.array([0.0, 1e-4, 2e-4, -1.0, 1e-4])
+    rows = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (count, 5))
+    drawn = np.asarray(sample(rows, jnp.arange(count), how(count, temperature)))
+    found, expected = np.bincount(drawn, minlength=5), reference.softmax(row / temperature) * count
+    assert found[3] == 0
+    assert (np.delete((found - expected) ** 2, 3) / np.delete(expected, 3)).sum() < 16.3  # as above
+
+
+TOKENS = st.lists(st.integers(0, 10), max_size=12)
+COSTS = st.tuples(st.floats(0.25, 4), st.floats(-2, 2), st.floats(-2, 2))
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=22, max_size=22),
+    st.tuples(TOKENS, TOKENS), st.tuples(TOKENS, TOKENS), st.tuples(COSTS, COSTS),
+)  # fmt: skip
+def test_penalties_are_those_of_the_reference(scores, said, prompts, costs):
+    scores_su = np.array(scores, np.float32).reshape(2, 11)
+    counts_su = np.stack([np.bincount(np.array(ids, int), minlength=11) for ids in said])
+    prompt_su = np.stack([np.isin(np.arange(11), ids) for ids in prompts])
+    repetition, presence, frequency = (np.array(column, np.float32) for column in zip(*costs, strict=True))
+    params = how(2)._replace(repetition_s=repetition, presence_s=presence, frequency_s=frequency)
+    found = penalize(jnp.asarray(scores_su), jnp.asarray(counts_su, jnp.int32), jnp.asarray(prompt_su), params)
+    names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    for row in range(2):
+        given_costs = dict(zip(names, map(float, (repetition[row], presence[row], frequency[row])), strict=True))
+        expected = penalized(scores_su[row].astype(np.float64), said[row], prompts[row], given_costs)
+        assert_close(found[row], expected, OP)
+
+
+def test_penalties_that_are_off_change_nothing_and_what_is_forbidden_stays_so(key):
+    row = jax.random.normal(key, (1, 9)).at[0, 4].set(-jnp.inf)
+    counts, marks = jnp.full((1, 9), 3), jnp.ones((1, 9), bool)
+    np.testing.assert_array_equal(penalize(row, counts, marks, how(1)), row)
+    assert penalize(row, counts, marks, how(1, repetition=1.5, presence=-2, frequency=-2))[0, 4] == -jnp.inf
+
+
+@given(st.lists(st.lists(st.integers(-1, 10), min_size=3, max_size=3), min_size=2, max_size=2))
+def test_forbidden_tokens_of_a_row_and_no_others_become_impossible(ids):
+    scores = np.arange(22, dtype=np.float32).reshape(2, 11)
+    found = np.asarray(forbid(jnp.asarray(scores), jnp.array(ids)))
+    for row in range(2):
+        out = np.isin(np.arange(11), ids[row])
+        np.testing.assert_array_equal(found[row], np.where(out, -np.inf, scores[row]))
+
+
+@pytest.mark.parametrize("vocabulary", [31, 97, 128])
+def test_bit_i_of_word_j_allows_token_32_j_plus_i(vocabulary, key):
+    words = -(-vocabulary // 32)
+    bits = np.asarray(jax.random.bits(key, (3, words), jnp.uint32))
+    scores = np.asarray(jax.random.normal(key, (3, vocabulary)))
+    kept_su = np.unpackbits(bits.astype("<u4").view(np.uint8), axis=1, bitorder="little")[:, :vocabulary]
+    found = allow(jnp.asarray(scores), jnp.asarray(bits))
+    np.testing.assert_array_equal(found, np.where(kept_su, scores, -np.inf))
+
+
+def test_entropy_is_that_of_the_softmax_and_at_most_the_logarithm_of_the_vocabulary(key):
+    rows = np.asarray(3 * jax.random.normal(key, (4, 40)), np.float64)
+    mass = np.stack([reference.softmax(row) for row in rows])
+    assert_close(entropy(jnp.asarray(rows, jnp.float32)), -(mass * np.log(mass)).sum(axis=1), OP)
+    assert_close(entropy(jnp.zeros((1, 40))), [np.log(40)], OP)
+    assert_close(entropy(jnp.array([[0.0, 200.0, 0.0]])), [0.0], OP)
 
 
 def test_a_draw_depends_on_seed_and_position_alone(key):
