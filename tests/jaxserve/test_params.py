@@ -230,7 +230,9 @@ def test_logprobs_are_the_reference_s_however_the_prompt_is_computed(name, chunk
     engine(name)._scheduler.pool.clear()
     collect(name, [(LONG, SamplingParams(**how))])
     params = [SamplingParams(**how, logprobs=answer, prompt_logprobs=prompt) for answer, prompt in asked]
+    before = engine(name)._scheduler.preemptions
     found = collect(name, list(zip(prompts, params, strict=True)), chunk, preempt_at)
+    assert (engine(name)._scheduler.preemptions > before) == bool(preempt_at)
     for outputs, prompt, (count, prompt_count) in zip(found, prompts, asked, strict=True):
         if count is not None:
             check_logprobs(name, outputs, prompt, count, prompt_count)
