@@ -1,4 +1,4 @@
-"""The scheduler, against a device that is pretended: of each entry of its cache it remembers the tokens that made it."""
+"""The scheduler, against a pretended device: of each entry of its cache it remembers the tokens that made it."""
 
 import random
 from collections import Counter
@@ -251,16 +251,22 @@ def check_plan(plan: Plan, scheduler: Scheduler, unread: set[tuple[Sequence, int
     tiles = sum(-(-chunk.size // limits.tile) for chunk in plan.chunks)
     assert tiles <= max(1, (limits.tokens - len(plan.rows) * (1 + limits.drafts)) // limits.tile)
     assert all(chunk.size > 0 for chunk in plan.chunks)
+    assert all(len(s.tokens) + s.least - plan.rounds < s.limit for s in plan.rows), "a row can add nothing"
     assert not any(s.by_host and (s, s.epoch) in unread for s in planned)
     assert not any(chunk.sequence.whole and chunk.first and chunk.start for chunk in plan.chunks)
 
 
 def check_order(plan: Plan, scheduler: Scheduler, before: dict[Sequence, int]) -> None:
-    """The last that ran are preempted, the first that waited are started."""
+    """The last that ran are preempted; the first that waited are started, and begin at once."""
     preempted = {s for s, epoch in before.items() if s.epoch != epoch}
-    assert preempted == set(sorted(before)[len(before) - len(preempted) :])
-    started = [chunk.sequence for chunk in plan.chunks if chunk.sequence not in before or chunk.sequence in preempted]
-    assert all(s < other for s in started for other in scheduler._waiting)
+    assert preempted == set(sorted(before, key=turn)[len(before) - len(preempted) :])
+    started = {s for s in scheduler.running if s not in before or s in preempted}
+    assert started == {chunk.sequence for chunk in plan.chunks if chunk.sequence in started}
+    assert all(turn(s) < turn(other) for s in started for other in scheduler._waiting)
+
+
+def turn(s: Sequence) -> tuple[int, int]:
+    return s.request.priority, s.arrival
 
 
 def check_progress(plan: Plan, scheduler: Scheduler) -> None:
@@ -269,7 +275,7 @@ def check_progress(plan: Plan, scheduler: Scheduler) -> None:
     assert first is None or first.least or first in [chunk.sequence for chunk in plan.chunks]
     assert scheduler.running or not scheduler.num_waiting
     if not plan.chunks:
-        head = [min(scheduler._waiting)] if scheduler._waiting and scheduler._slots else []
+        head = [min(scheduler._waiting, key=turn)] if scheduler._waiting and scheduler._slots else []
         for s in [*(s for s in scheduler.running if not s.caught_up), *head][:1]:
             most = min(len(s.tokens) + 2 * scheduler.limits.drafts, s.limit - 1)
             assert -(-most // scheduler.pool.page_size) - len(s.pages) > scheduler.pool.available
@@ -446,6 +452,19 @@ def test_one_that_starts_preempts_nobody_for_its_guesses():
     (urgent,) = play.add(Wish((3,), answer=8, limit=8))
     assert chunks(play.step()) == [(8, 10)]
     assert (long.slot is None, urgent.slot is None) == (False, True)
+    play.finish()
+
+
+@pytest.mark.parametrize("pages", [9, 10])
+def test_a_row_whose_pages_an_urgent_chunk_takes_is_not_launched(pages):
+    play = Play(pages, tokens=2, tile=2)
+    (patient,) = play.add(Wish((1,), answer=16, limit=16, priority=1))
+    for _ in range(3):
+        play.step()
+    (urgent,) = play.add(Wish(tuple(STORIES[0][:14]), limit=2))
+    while not play.scheduler.preemptions:
+        play.step()
+    assert (patient.epoch, urgent.epoch) == (1, 0)
     play.finish()
 
 
