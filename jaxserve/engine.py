@@ -100,7 +100,7 @@ class Engine:
         self._round_seconds = PATIENCE  # what one takes
         self._programs = Programs(self._lower)
         if options.warmup:
-            self._programs.compile([*self._shapes.prefill, *self._shapes.decode], progress)
+            self._programs.compile([*self._shapes.prefill, *self._shapes.decode, mark], progress)
         self.counters = Counters(pages=pages, accepted=[0] * self.drafts, compiled=len(self._programs))
 
     @property
@@ -193,8 +193,10 @@ class Engine:
 
     # Launching a step: nothing is waited for.
 
-    def _lower(self, shape: Tiles | int) -> Any:
-        """Traces the program of a shape."""
+    def _lower(self, shape: Any) -> Any:
+        """Traces the program of a shape, or `mark`, which has but one."""
+        if shape is mark:
+            return mark.lower(self._state.slots, *self._marks(0, [], [], None))
         table, static = self._table.on_device(), {"cfg": self.cfg, "drafts": self.drafts}
         if isinstance(shape, Tiles):
             return prefill.lower(self._model, self._state, table, *self._packer.chunks([], shape, {}), **static)
@@ -223,12 +225,16 @@ class Engine:
         self._table.start(s, biased=bias_u is not None)
         if bias_u is None and not p.penalizes:
             return
-        prompt, said = s.tokens[: s.num_prompt], s.tokens[s.num_prompt :]
+        marks = self._marks(s.slot or 0, s.tokens[: s.num_prompt], s.tokens[s.num_prompt :], bias_u)
+        self._state = self._state._replace(slots=self._programs[mark](self._state.slots, *marks))
+
+    def _marks(self, slot: int, prompt: list[int], said: list[int], bias_u: np.ndarray | None) -> Any:
         size = self.cfg.vocab_size
         counts_u = np.bincount(said, minlength=size).astype(np.int32)
         prompt_u = np.bincount(prompt, minlength=size) > 0
-        marks = (np.int32(s.slot or 0), counts_u, prompt_u, np.zeros(size, np.float32) if bias_u is None else bias_u)
-        self._state = self._state._replace(slots=mark(self._state.slots, *jax.device_put(marks)))
+        return jax.device_put(
+            (np.int32(slot), counts_u, prompt_u, np.zeros(size, np.float32) if bias_u is None else bias_u)
+        )
 
     def _guides_of(self, sequences: Iterable[Sequence]) -> dict[Sequence, Guide]:
         found = ((s, self._answers[s.request.id][s.index].guide) for s in sequences if s.by_host)
