@@ -36,7 +36,7 @@ PATIENCE = 0.03
 
 FAULTS = {
     NOT_FINITE: "the model's scores are not finite; its weights may be damaged",
-    NONE_ALLOWED: "no token is allowed here by allowed_token_ids, bad_words and structured_outputs together",
+    NONE_ALLOWED: "no token is allowed here: allowed_token_ids, bad_words, min_tokens, structured_outputs exclude all",
 }
 
 
