@@ -13,7 +13,7 @@ from jaxserve.pages import PagePool
 from jaxserve.request import Output, Request, SamplingParams
 from tests.jaxserve.conftest import SIZE
 
-REQUESTS = 600
+REQUESTS = 500
 VOCABULARY = 97
 BASES = [[random.Random(i).randrange(2, 95) for _ in range(110)] for i in range(3)]
 
