@@ -83,6 +83,13 @@ class Plan(NamedTuple):
     rounds: int
 
 
+class Gain(NamedTuple):
+    """How many tokens a launch gives a sequence that it doesn't end."""
+
+    least: int
+    most: int
+
+
 class Limits(NamedTuple):
     """What a step, and all of them together, may hold."""
 
@@ -144,7 +151,9 @@ class Scheduler:
 
     def landed(self, sequence: Sequence, rounds: int | None) -> None:
         """Notes that a launch is read: of so many rounds, or of the chunk that completed the sequence."""
-        self._launched(sequence, rounds, -1)
+        gain = self._gain(rounds)
+        sequence.least -= gain.least
+        sequence.ahead -= gain.most
 
     def update(self, sequence: Sequence, tokens: Iterable[int]) -> None:
         """Adds tokens that were read: all but the last of them are in the cache."""
@@ -266,9 +275,14 @@ class Scheduler:
             self.pool.publish(s.pages[index], s.tokens, index, s.keys)
         s.published = max(s.published, full)
 
-    def _launched(self, s: Sequence, rounds: int | None, sign: int = 1) -> None:
-        s.least += sign * (rounds or 1)
-        s.ahead += sign * (1 if rounds is None else rounds * (1 + self.limits.drafts))
+    def _launched(self, s: Sequence, rounds: int | None) -> None:
+        gain = self._gain(rounds)
+        s.least += gain.least
+        s.ahead += gain.most
+
+    def _gain(self, rounds: int | None) -> Gain:
+        """Of a launch of so many rounds, or of the chunk that completes a sequence."""
+        return Gain(1, 1) if rounds is None else Gain(rounds, rounds * (1 + self.limits.drafts))
 
     def _needed(self, s: Sequence, tokens: int) -> int:
         """Pages for so many tokens, and for guesses after them as far as the sequence can go."""
