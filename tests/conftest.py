@@ -4,7 +4,11 @@ import os
 import zlib
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # inherited by the processes that tests start
+# Inherited by the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache")  # not the user's
+# Before NumPy is loaded: OpenBLAS's threads spin while they wait, and those of two workers stop each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import hypothesis
 import jax
@@ -18,7 +22,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A repeated run compiles nothing that takes long. Only with a size limit does JAX lock the cache, which the workers of
 # xdist share; and then it looks at all entries to add one, so small programs stay out.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "jax"))
 jax.config.update("jax_compilation_cache_max_size", 2**30)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
