@@ -32,7 +32,7 @@ class Moe(NamedTuple):
 class Routing(NamedTuple):
     """Where tokens go."""
 
-    experts_tk: Int[Array, "t k"]
+    experts_tk: Int[Array, "t k"]  # e, one more than the last, is none
     weights_tk: Float[Array, "t k"]  # float32
 
 
@@ -60,9 +60,13 @@ def mlp(p: Mlp, x_td: Float[Array, "t d"]) -> Float[Array, "t d"]:
 def moe(
     p: Moe, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Experts
 ) -> tuple[Float[Array, "t d"], Int[Array, " e"]]:
-    """The weighted sum of the chosen experts, plus the shared one, and how many valid tokens each expert got."""
+    """The weighted sum of the chosen experts, plus the shared one, and how many tokens each expert got.
+
+    Tokens that are not valid visit no routed expert.
+    """
     routing = route(p, x_td, cfg)
-    load_e = jnp.zeros(cfg.count, jnp.int32).at[routing.experts_tk].add(valid_t[:, None].astype(jnp.int32))
+    routing = routing._replace(experts_tk=jnp.where(valid_t[:, None], routing.experts_tk, cfg.count))
+    load_e = jnp.zeros(cfg.count, jnp.int32).at[routing.experts_tk].add(1, mode="drop")
     y_td = mix_experts(p.experts, x_td, routing)
     return (y_td if p.shared is None else y_td + mlp(p.shared, x_td)), load_e
 
@@ -101,8 +105,8 @@ def mix_experts(
 ) -> Float[Array, "t d"]:
     """Each token's weighted sum over its experts. All implementations give the same result and drop nothing.
 
-    "dense" runs every expert on every token: the fewest copies, for few tokens. "blocks" sorts tokens by expert and
-    runs blocks of one expert each: work in proportion to the tokens. None chooses by their cost.
+    "dense" runs every expert on every token, at once. "blocks" sorts tokens by expert and runs blocks of one expert
+    each, one after another: work in proportion to the tokens. None chooses by their cost.
     """
     plans = {"dense": _mix_dense, "blocks": _mix_blocks}
     if implementation is None:
@@ -113,9 +117,8 @@ def mix_experts(
 
 
 def _cheaper(t: int, k: int, experts: int) -> str:
-    """Blocks read a copy of each block's weights (three times the traffic); dense reads all weights once."""
-    size, count = block_shape(t, k, experts)
-    return "dense" if t <= 32 and experts <= 3 * count else "blocks"
+    """Blocks read the experts that are visited, three times: a loop copies the weights of each before it uses them."""
+    return "dense" if t <= 32 and t * k >= 2 * experts else "blocks"
 
 
 def _mix_dense(p: Mlp, x_td: Array, routing: Routing) -> Array:
@@ -131,30 +134,40 @@ def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
 
     A block is about as large as an expert's fair share; every expert that is visited wastes less than one block.
     """
-    size = min(64, max(2, 1 << (t * k // experts).bit_length()))
+    size = min(64, 1 << (t * k // experts).bit_length())
     return size, min(t * k, t * k // size + min(experts, t * k))
 
 
 def _mix_blocks(p: Mlp, x_td: Array, routing: Routing) -> Array:
-    t, k = routing.experts_tk.shape
-    size, count = block_shape(t, k, p.w_gate.shape[0])
-    row_tk, experts = assign_blocks(routing.experts_tk, p.w_gate.shape[0], size, count)
-    tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None])
+    (t, k), experts = routing.experts_tk.shape, p.w_gate.shape[0]
+    size, count = block_shape(t, k, experts)
+    row_tk, block_experts = assign_blocks(routing.experts_tk, experts, size, count)
+    tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None], mode="drop")
     blocks = jnp.take(x_td, tokens, axis=0, mode="fill", fill_value=0).reshape(count, size, -1)
-    rows = jax.vmap(mlp)(Mlp(*(w[experts] for w in p)), blocks).reshape(count * size, -1)
-    y_tkd = rows[row_tk]
+
+    def run(block: tuple[Array, Array]) -> Array:
+        rows_td, expert = block
+        weights = lambda: Mlp(*(jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in p))  # noqa: E731
+        return jax.lax.cond(expert < experts, lambda: mlp(weights(), rows_td), lambda: jnp.zeros_like(rows_td))
+
+    rows = jax.lax.map(run, (blocks, block_experts)).reshape(count * size, -1)
+    y_tkd = jnp.take(rows, row_tk, axis=0, mode="clip")
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
 
 
 def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count: int) -> tuple[Array, Array]:
-    """A row for each (token, choice), `[t, k]`, such that the `size` rows of a block have one expert: `[count]`."""
+    """A row for each (token, choice), `[t, k]`, such that the `size` rows of a block have one expert: `[count]`.
+
+    Blocks that nothing fills have the expert `experts`, which is none. Choices of that one get rows of such blocks, or
+    rows past the last.
+    """
     flat = experts_tk.reshape(-1)
-    load_e = jnp.zeros(experts, jnp.int32).at[flat].add(1)
-    blocks_e = -(-load_e // size)
-    first_block_e = jnp.cumsum(blocks_e) - blocks_e
+    if size == 1:
+        return jnp.arange(flat.size).reshape(experts_tk.shape), flat
+    load_e = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")
+    ends_e = jnp.cumsum(-(-load_e // size))
     order = jnp.argsort(flat, stable=True)
     rank = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=flat.dtype))
-    rank_in_expert = rank - (jnp.cumsum(load_e) - load_e)[flat]
-    row_tk = (first_block_e[flat] * size + rank_in_expert).reshape(experts_tk.shape)
-    expert = jnp.searchsorted(jnp.cumsum(blocks_e), jnp.arange(count), side="right")
-    return row_tk, jnp.minimum(expert, experts - 1)  # blocks that nothing fills come last
+    row_of_first, rank_of_first = (jnp.pad(column, (1, 0)) for column in (ends_e * size, jnp.cumsum(load_e)))
+    row_tk = (row_of_first[flat] + rank - rank_of_first[flat]).reshape(experts_tk.shape)
+    return row_tk, jnp.searchsorted(ends_e, jnp.arange(count), side="right")

@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 COLDEST = 1e-5
 """Below this temperature the most probable token is taken: float32 could not tell the others apart."""
 
+FEW = 128
+"""Most probable tokens that the filters look at first: to sort a vocabulary takes CPUs longer than a small model."""
+
 
 class Sampling(NamedTuple):
     """How each row of scores chooses."""
@@ -76,44 +79,50 @@ def sample(scores_su: Float[Array, "s u"], positions_s: Int[Array, " s"], how: S
     drawn_s = how.temperature_s >= COLDEST
 
     def draw():
-        ranked = rank(scores_su)
         hot_s = jnp.where(drawn_s, how.temperature_s, 1.0)
-        logits_su = (ranked.scores_su - ranked.scores_su[:, :1]) / hot_s[:, None]
+        logits_su = (scores_su - scores_su.max(axis=-1, keepdims=True)) / hot_s[:, None]
         noise_su = jax.vmap(_noise, in_axes=(0, 0, None))(how.seed_s, positions_s, scores_su.shape[1])
-        noise_su = jnp.take_along_axis(noise_su, ranked.ids_su, axis=-1)
-        best_s = jnp.argmax(jnp.where(keep(logits_su, how), logits_su + noise_su, -jnp.inf), axis=-1)
-        sampled_s = jnp.take_along_axis(ranked.ids_su, best_s[:, None], axis=-1)[:, 0]
+        kept_su = logits_su >= least(logits_su, how)[:, None]
+        sampled_s = jnp.argmax(jnp.where(kept_su, logits_su + noise_su, -jnp.inf), axis=-1).astype(jnp.int32)
         return jnp.where(drawn_s, sampled_s, greedy_s)
 
     return jax.lax.cond(jnp.any(drawn_s), draw, lambda: greedy_s)
 
 
-class Ranked(NamedTuple):
-    """Scores in falling order, and the tokens they belong to; of equals the lower token first."""
+def least(logits_su: Float[Array, "s u"], how: Sampling) -> Float[Array, " s"]:
+    """The smallest logit that may be drawn, of logits whose largest is 0; -inf without filters.
 
-    scores_su: Float[Array, "s u"]
-    ids_su: Int[Array, "s u"]
+    By min-p (arXiv:2407.01082), then top-k, then top-p (arXiv:1904.09751): the fewest most probable tokens whose mass
+    reaches p. Tokens as probable as the last of them stay too.
 
-
-def rank(scores_su: Float[Array, "s u"]) -> Ranked:
-    ids_su = jnp.argsort(scores_su, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    return Ranked(jnp.take_along_axis(scores_su, ids_su, axis=-1), ids_su)
-
-
-def keep(ranked_su: Float[Array, "s u"], how: Sampling) -> Bool[Array, "s u"]:
-    """Which of the ranked logits may be drawn: by min-p (arXiv:2407.01082), then top-k, then top-p (arXiv:1904.09751).
-
-    Ties with the k-th token all stay. Top-p keeps the smallest set whose mass reaches p, summed from the tail.
+    A few of the most probable tokens decide that nearly always; a row for which they don't is sorted as a whole. What
+    a row gets depends on nothing but the row.
     """
-    floor_s = ranked_su[:, 0] + jnp.log(how.min_p_s)  # -inf if off
-    likely_su = ranked_su >= floor_s[:, None]
-    last_s = jnp.where(how.top_k_s > 0, how.top_k_s, ranked_su.shape[1]) - 1
-    kth_s = jnp.take_along_axis(ranked_su, jnp.minimum(last_s, ranked_su.shape[1] - 1)[:, None], axis=-1)
-    likely_su &= ranked_su >= kth_s
-    mass_su = jax.nn.softmax(jnp.where(likely_su, ranked_su, -jnp.inf), axis=-1)
-    tail_su = jax.lax.cumsum(mass_su, axis=1, reverse=True)
-    first_u = jnp.arange(ranked_su.shape[1]) == 0
-    return likely_su & ((tail_su > 1 - how.top_p_s[:, None]) | (how.top_p_s >= 1)[:, None] | first_u[None])
+    vocabulary = logits_su.shape[1]
+    few_sk, _ = jax.lax.top_k(logits_su, min(FEW, vocabulary))
+    least_s, sure_s = _least_among(few_sk, logits_su, how)
+    sure_s |= how.temperature_s < COLDEST
+
+    def of_all():
+        all_s, _ = _least_among(jnp.sort(logits_su, axis=-1, descending=True), logits_su, how)
+        return jnp.where(sure_s, least_s, all_s)
+
+    return jax.lax.cond(sure_s.all(), lambda: least_s, of_all)
+
+
+def _least_among(top_sk: Array, logits_su: Array, how: Sampling) -> tuple[Array, Array]:
+    """The smallest of some largest logits that may be drawn, and whether no other one can be smaller."""
+    count, vocabulary = top_sk.shape[1], logits_su.shape[1]
+    limit_s = jnp.where(how.top_k_s < vocabulary, how.top_k_s, 0)
+    kth_s = jnp.take_along_axis(top_sk, jnp.clip(limit_s - 1, 0, count - 1)[:, None], axis=-1)[:, 0]
+    floor_s = jnp.maximum(jnp.log(how.min_p_s), jnp.where(limit_s > 0, kth_s, -jnp.inf))
+    mass_su, mass_sk = (jnp.exp(jnp.where(x >= floor_s[:, None], x, -jnp.inf)) for x in (logits_su, top_sk))
+    before_sk = jnp.pad(jnp.cumsum(mass_sk, axis=-1), ((0, 0), (1, 0)))[:, :-1]
+    kept_s = ((before_sk < how.top_p_s[:, None] * mass_su.sum(axis=-1, keepdims=True)) & (mass_sk > 0)).sum(axis=-1)
+    last_s = jnp.take_along_axis(top_sk, jnp.maximum(kept_s - 1, 0)[:, None], axis=-1)[:, 0]
+    unlimited_s = how.top_p_s >= 1
+    sure_s = (limit_s <= count) & (unlimited_s | (kept_s < count))
+    return jnp.where(unlimited_s, floor_s, last_s), sure_s
 
 
 def _noise(seed: Array, position: Array, vocabulary: int) -> Float[Array, " u"]:

@@ -1,7 +1,9 @@
 """The whole model as functions of its weights, a step's tokens and the cache."""
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -99,6 +101,7 @@ def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> 
     return Output(rms_norm(x_td, model.norm, cfg.norm_eps), tuple(caches), load_le)
 
 
+@partial(jax.jit, static_argnames="cfg")  # traced once for all layers of a kind: half of what a program's start takes
 def decoder_layer(
     p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
 ) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:

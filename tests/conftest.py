@@ -37,6 +37,14 @@ hypothesis.settings.register_profile("jaxserve", deadline=None)
 hypothesis.settings.load_profile("jaxserve")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a module run in one process, which compiles once for all, unless they belong to another group."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
+
+
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> jax.Array:
     """A random key that depends on nothing but the test's name (with its parameters)."""

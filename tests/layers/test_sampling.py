@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.layers.sampling import Sampling, allow, entropy, forbid, keep, logprobs, penalize, rank, sample
+from jaxserve.layers.sampling import FEW, Sampling, allow, entropy, forbid, least, logprobs, penalize, sample
 from tests.oracles import reference
 from tests.oracles.generate import penalized
 from tests.tolerances import OP, assert_close
+
+run_least = jax.jit(least)
 
 
 def how(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, repetition=1.0, presence=0.0, frequency=0.0):
@@ -21,25 +23,46 @@ def how(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, repetitio
 
 def kept(scores, params):
     """The set of tokens that may be drawn from one row."""
-    ranked = rank(jnp.asarray(scores, jnp.float32)[None])
-    return set(np.asarray(ranked.ids_su)[np.asarray(keep(ranked.scores_su, params))].tolist())
+    logits_su = jnp.asarray(scores, jnp.float32)[None]
+    logits_su = logits_su - logits_su.max()
+    least_s = run_least(logits_su, params)
+    return set(np.flatnonzero(np.isfinite(logits_su[0]) & (np.asarray(logits_su[0]) >= least_s[0])).tolist())
 
 
-@settings(max_examples=200)
+@settings(max_examples=400)
 @given(
     seed=st.integers(0, 2**31),
-    top_k=st.sampled_from([0, 1, 2, 7, 40, 200]),
-    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.05]),
+    vocabulary=st.sampled_from([61, FEW, FEW + 1, 1000]),
+    spread=st.sampled_from([0.3, 2.0, 6.0]),
+    top_k=st.sampled_from([0, 1, 2, 7, 40, FEW, FEW + 1, 900, 2000]),
+    top_p=st.sampled_from([1.0, 0.999, 0.95, 0.5, 0.05]),
     min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
 )
-def test_the_filters_keep_the_sets_of_the_reference(seed, top_k, top_p, min_p):
-    scores = (2 * np.random.default_rng(seed).standard_normal(61)).astype(np.float32)
-    expected = reference.kept_set(scores.astype(np.float64), 1.0, min(top_k, 61) or 61, top_p, min_p)
+def test_the_filters_keep_the_sets_of_the_reference(seed, vocabulary, spread, top_k, top_p, min_p):
+    scores = (spread * np.random.default_rng(seed).standard_normal(vocabulary)).astype(np.float32)
+    expected = reference.kept_set(scores.astype(np.float64), 1.0, min(top_k, vocabulary) or vocabulary, top_p, min_p)
     assert kept(scores, how(1, top_k=top_k, top_p=top_p, min_p=min_p)) == expected
 
 
-def test_ties_with_the_last_of_top_k_all_stay():
-    assert kept([1.0, 3.0, 2.0, 2.0, 0.0], how(1, top_k=2)) == {1, 2, 3}
+def test_a_row_that_is_sorted_as_a_whole_leaves_the_others_as_they_are(key):
+    rows = jax.random.normal(key, (8, 1000)) * jnp.linspace(0.1, 8, 8)[:, None]
+    rows -= rows.max(axis=-1, keepdims=True)
+    params = how(8, top_p=0.97)
+    together = run_least(rows, params)
+    alone = [run_least(rows[i : i + 1], how(1, top_p=0.97))[0] for i in range(8)]
+    np.testing.assert_array_equal(together, alone)
+    kept_rows = (rows >= together[:, None]).sum(axis=-1)
+    assert kept_rows[0] > FEW > kept_rows[-1]
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.6}])
+def test_all_tokens_as_probable_as_the_last_that_stays_do_so_too(filters):
+    assert kept([1.0, 3.0, 2.0, 2.0, 0.0], how(1, **filters)) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 1.0}])
+def test_ties_beyond_the_few_that_are_looked_at_first_stay(filters):
+    assert kept([0.0] * (3 * FEW) + [-9.0], how(1, **filters)) == set(range(3 * FEW))
 
 
 def test_the_most_probable_token_always_stays():
@@ -113,7 +136,7 @@ COSTS = st.tuples(st.floats(0.25, 4), st.floats(-2, 2), st.floats(-2, 2))
 
 @settings(max_examples=100)
 @given(
-    st.lists(st.floats(-20, 20, width=32), min_size=22, max_size=22),
+    st.lists(st.floats(-20, 20, width=32, allow_subnormal=False), min_size=22, max_size=22),
     st.tuples(TOKENS, TOKENS), st.tuples(TOKENS, TOKENS), st.tuples(COSTS, COSTS),
 )  # fmt: skip
 def test_penalties_are_those_of_the_reference(scores, said, prompts, costs):

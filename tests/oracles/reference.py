@@ -317,12 +317,14 @@ def top_k_set(logits: Array, k: int) -> set[int]:
 def top_p_set(logits: Array, p: float, temperature: float = 1.0) -> set[int]:
     """The smallest set of most probable tokens of mass >= p (arXiv:1904.09751, section 3.1), crossing token included.
 
-    As vLLM sums it, from the least probable up: the tail of mass <= 1 - p goes. Of equals, the lower id ranks first.
+    As vLLM sums it, from the least probable up: the tail of mass <= 1 - p goes. Tokens as probable as the last that
+    stays all stay.
     """
     probabilities = softmax(logits / temperature)
-    order = top(probabilities, len(probabilities))
-    mass_from_here = np.cumsum(probabilities[order][::-1])[::-1]
-    return set(order[mass_from_here > 1 - p].tolist()) | {int(order[0])}
+    falling = np.sort(probabilities)[::-1]
+    mass_from_here = np.cumsum(falling[::-1])[::-1]
+    last = falling[max(np.count_nonzero(mass_from_here > 1 - p), 1) - 1]
+    return set(np.flatnonzero((probabilities >= last) & (probabilities > 0)).tolist())
 
 
 def min_p_set(logits: Array, min_p: float, temperature: float = 1.0) -> set[int]:
