@@ -126,6 +126,7 @@ def decode(
     return all_chosen, state
 
 
+@partial(jax.jit, static_argnames=("cfg", "drafts", "width"))  # traced once for `eval_shape` and the loop
 def _verify(
     model: Model, state: State, table: Table, rows_s: Array, masks: Masks, cfg: Config, drafts: int, width: int
 ) -> tuple[Chosen, State]:

@@ -23,6 +23,15 @@ GOLDENS = Path(__file__).parents[1] / "oracles" / "goldens"
 SIZE: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 128, "max_num_batched_tokens": 128, "warmup": False}
 """Of all engines in tests, where nothing depends on it: every other size is compiled anew."""
 
+EMBEDDED_SIZE: dict[str, Any] = SIZE | {"max_num_seqs": 16, "page_size": 16, "speculation_entropy": 3.0}
+"""Of those that serve the embedded model."""
+
+
+def with_few_shapes(engine: Engine, *rows: int) -> Engine:
+    """The engine, with one shape of prefill and those of decode that are given, none of them compiled yet."""
+    engine._shapes = engine._shapes._replace(prefill=(Tiles(16, 8),), decode=rows or (engine.options.max_num_seqs,))
+    return engine
+
 
 def word_tokenizer(size: int) -> Tokenizer:
     """Token i is the word `ti`."""
@@ -42,7 +51,8 @@ def make_engine():
             loaded[name] = hf.load(GOLDENS / name)
         cfg, model = loaded[name]
         settings = EngineConfig(**(SIZE | options))
-        return Engine(model, cfg, word_tokenizer(cfg.vocab_size), settings)
+        engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), settings)
+        return engine if settings.warmup else with_few_shapes(engine)
 
     return make
 
@@ -59,15 +69,10 @@ def loaded(name: str):
 
 @functools.cache
 def engine(name: str, drafts: int) -> Engine:
-    """Pages of 16 tokens, steps of 128; three programs, compiled when they are needed."""
+    """Steps of 128 tokens, compiled when they are needed."""
     cfg, model, tokenizer, *_ = loaded(name)
-    options = EngineConfig(
-        max_num_seqs=16, max_model_len=128, max_num_batched_tokens=128, page_size=16, num_speculative_tokens=drafts,
-        speculation_entropy=3.0, warmup=False,
-    )  # fmt: skip
-    made = Engine(model, cfg, tokenizer, options)
-    made._shapes = made._shapes._replace(prefill=(Tiles(16, 8),), decode=(1, 16))
-    return made
+    options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=drafts)
+    return with_few_shapes(Engine(model, cfg, tokenizer, options), 1, 16)
 
 
 def serve(engine: Engine, prompts, params) -> list[list[Output]]:

@@ -11,17 +11,23 @@ import pytest
 from jaxserve import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from jaxserve.checkpoints import store
 from jaxserve.checkpoints.hub import EMBEDDED
-from tests.jaxserve.conftest import GOLDENS, word_tokenizer
-from tests.jaxserve.conftest import SIZE as TINY
+from tests.jaxserve.conftest import EMBEDDED_SIZE, GOLDENS, SIZE, with_few_shapes, word_tokenizer
 
-SIZE: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 4, "warmup": False}
+pytestmark = pytest.mark.xdist_group("embedded-1")  # compiled in one process
+
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPTS = ["def quicksort(items):", "import os\nimport", "class Node:\n    def __init__(self"]
 
 
+def serving(model: Any = None, dtype: str = "float32", **options: Any) -> LLM:
+    llm = LLM(model, dtype=dtype, **EMBEDDED_SIZE | options)
+    with_few_shapes(llm.engine)
+    return llm
+
+
 @pytest.fixture(scope="module")
 def llm():
-    return LLM(**SIZE)
+    return serving()
 
 
 def test_the_embedded_model_continues_text(llm):
@@ -120,12 +126,12 @@ def test_a_model_that_is_not_there_is_named(name, message):
 
 def test_a_checkpoint_of_our_own_gives_the_same_text(llm, tmp_path):
     store.save(tmp_path / "saved", llm.engine._model, EMBEDDED)
-    again = LLM(tmp_path / "saved", **SIZE)
+    again = serving(tmp_path / "saved")
     assert again.generate(PROMPTS, GREEDY)[0].outputs == llm.generate(PROMPTS, GREEDY)[0].outputs
 
 
 def test_sixteen_bits_work_on_cpu():
-    llm = LLM(dtype="bfloat16", max_model_len=128, max_num_seqs=4, num_speculative_tokens=0, warmup=False)
+    llm = serving(dtype="bfloat16", max_num_seqs=4, num_speculative_tokens=0)
     assert llm.engine._model.embed.dtype == jnp.bfloat16
     assert llm.generate(PROMPTS[:2], GREEDY)[0].outputs[0].text
 
@@ -177,7 +183,7 @@ def tiny(tmp_path_factory):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(GOLDENS / "qwen3" / name, folder)
     (folder / "tokenizer.json").write_text(word_tokenizer(97).to_json())
-    llm = LLM(folder, **TINY)
+    llm = LLM(folder, **SIZE)
     llm.engine._model = llm.engine._model._replace(embed=llm.engine._model.embed.at[9].set(jnp.nan))
     return llm
 

@@ -10,9 +10,8 @@ import pytest
 
 from jaxserve.engine import Engine
 from jaxserve.options import EngineConfig
-from jaxserve.programs import Tiles
 from jaxserve.request import Output, Request, SamplingParams
-from tests.jaxserve.conftest import SIZE, tokens
+from tests.jaxserve.conftest import SIZE, tokens, with_few_shapes
 from tests.jaxserve.test_product import engine as product_engine
 from tests.jaxserve.test_product import loaded
 from tests.oracles import reference
@@ -38,9 +37,7 @@ def engine(name: str) -> Engine:
     if name == "embedded":
         return product_engine(name, 1)
     cfg, model, tokenizer, *_ = loaded(name)
-    made = Engine(model, cfg, tokenizer, EngineConfig(**SIZE))
-    made._shapes = made._shapes._replace(prefill=(Tiles(16, 8),), decode=(4,))  # to compile two programs, not six
-    return made
+    return with_few_shapes(Engine(model, cfg, tokenizer, EngineConfig(**SIZE)))
 
 
 def collect(name: str, requests: list[tuple[Any, SamplingParams]], chunk=128, preempt_at=()) -> list[list[Output]]:

@@ -17,6 +17,8 @@ from jaxserve.parallel.sharding import initialize
 from tests.layers.helpers import published, raw_config
 from tests.oracles import reference
 
+run_losses = jax.jit(train.losses, static_argnums=2)
+
 TINY = Config.tiny("deepseek_v3", num_hidden_layers=2)
 
 
@@ -39,7 +41,7 @@ def test_the_model_has_the_promised_structure_and_size():
 def test_losses_are_the_reference_s_cross_entropies(key):
     model = initialize(model_params(TINY), key)
     tokens = np.array([[3, 5, 7, 11, 13, 17, 19, 23]])
-    got = train.losses(model, jnp.asarray(tokens), TINY)
+    got = run_losses(model, jnp.asarray(tokens), TINY)
     weights = published(model)
     raw = raw_config("deepseek_v3", num_hidden_layers=2)
     main = np.log(reference.softmax(reference.logits(raw, weights, tokens[0, :-2])))
@@ -55,7 +57,7 @@ def test_steps_lower_the_loss_and_move_the_bias_towards_balance(key, optax_promo
     )
     tokens = jax.random.randint(key, (4, 18), 0, 20)
     step = jax.jit(train.train_step, static_argnums=2)
-    first = train.losses(state.params, tokens, TINY)
+    first = run_losses(state.params, tokens, TINY)
     for _ in range(60):
         state, last = step(state, tokens, TINY)
     assert last.main < 0.7 * first.main and last.mtp < first.mtp
