@@ -87,6 +87,7 @@ def places(start_s: Array, limits_s: Array, width: int) -> Int[Array, "s w"]:
     return jnp.where((start_s >= 0)[:, None] & (places_sw + 1 < limits_s[:, None]), places_sw, -1)
 
 
+@jax.named_scope("choose")
 def choose(
     scores_tu: Float[Array, "t u"], start_s: Int[Array, " s"], guesses_sk: Int[Array, "s k"],
     rows_s: Int[Array, " s"], slots: Slots, table: Table, masks: Masks,
@@ -141,6 +142,7 @@ def report_if(wanted: Array, compute: Callable[[], Logprobs], count: int, top: i
     return jax.lax.cond(wanted, compute, lambda: zeros)
 
 
+@jax.named_scope("advance")
 def advance(slots: Slots, rows_s: Array, table: Table, tokens_sw: Array, start_s: Array, count_s: Array) -> Slots:
     """The slots after the first `count_s` tokens of each row, which stand from `start_s` on.
 

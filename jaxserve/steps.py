@@ -172,6 +172,7 @@ def _draft(model: Model, hidden_td: Array, following: Batch, state: State, cfg: 
     return ahead.hidden_td, state._replace(cache=(*state.cache[:at], ahead.cache, *state.cache[at + 1 :]))
 
 
+@jax.named_scope("guess")
 def _guess(
     model: Model, hidden_sd: Array, state: State, table: Table, rows_s: Array, cfg: Config, drafts: int
 ) -> State:

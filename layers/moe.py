@@ -52,11 +52,13 @@ def moe_params(cfg: Config, moe: Experts, dtype) -> Moe:
     )
 
 
+@jax.named_scope("mlp")
 def mlp(p: Mlp, x_td: Float[Array, "t d"]) -> Float[Array, "t d"]:
     hidden_tf = jax.nn.silu(einsum("td,fd->tf", x_td, p.w_gate)) * einsum("td,fd->tf", x_td, p.w_up)
     return einsum("tf,df->td", hidden_tf, p.w_down)
 
 
+@jax.named_scope("moe")
 def moe(
     p: Moe, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Experts
 ) -> tuple[Float[Array, "t d"], Int[Array, " e"]]:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +21,7 @@ class Draft(NamedTuple):
     load_e: Int[Array, " e"] | None
 
 
+@jax.named_scope("draft")
 def draft(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config) -> Draft:
     """Joins the hidden state at a position with the embedding of the next token; the result predicts the one after.
 

@@ -115,6 +115,7 @@ def decoder_layer(
     return x_td + mlp(cast(Mlp, p.ffn), normed_td), cache, None
 
 
+@jax.named_scope("attention")
 def _attention(p: Mla | Gqa, x_td: Array, cache: Any, batch: Batch, cfg: Config) -> tuple[Array, Any]:
     match p, cfg.attention:
         case Mla() as latent, LatentAttention() as att:
@@ -124,6 +125,7 @@ def _attention(p: Mla | Gqa, x_td: Array, cache: Any, batch: Batch, cfg: Config)
     raise TypeError(f"weights are {type(p).__name__}, the config has {type(cfg.attention).__name__}")
 
 
+@jax.named_scope("head")
 def logits(model: Model, hidden_td: Float[Array, "t d"]) -> Float[Array, "t u"]:
     """Scores of the next token, float32, for normed hidden states."""
     head = model.embed if model.head is None else model.head

@@ -13,7 +13,7 @@ from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.engine import Engine
 from jaxserve.options import EngineConfig
-from jaxserve.programs import Tiles
+from jaxserve.programs import Shapes, Tiles
 from jaxserve.request import Output, Request, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
@@ -27,9 +27,12 @@ EMBEDDED_SIZE: dict[str, Any] = SIZE | {"max_num_seqs": 16, "page_size": 16, "sp
 """Of those that serve the embedded model."""
 
 
-def with_few_shapes(engine: Engine, *rows: int) -> Engine:
-    """The engine, with one shape of prefill and those of decode that are given, none of them compiled yet."""
-    engine._shapes = engine._shapes._replace(prefill=(Tiles(16, 8),), decode=rows or (engine.options.max_num_seqs,))
+EMBEDDED_SHAPES = Shapes(prefill=(Tiles(2, 8), Tiles(16, 8)), decode=(1, 16))
+
+
+def with_few_shapes(engine: Engine, shapes: Shapes | None = None) -> Engine:
+    """The engine with few programs, or one each for prefill and decode; none of them is compiled yet."""
+    engine._shapes = shapes or Shapes(prefill=(Tiles(16, 8),), decode=(engine.options.max_num_seqs,))
     return engine
 
 
@@ -72,7 +75,7 @@ def engine(name: str, drafts: int) -> Engine:
     """Steps of 128 tokens, compiled when they are needed."""
     cfg, model, tokenizer, *_ = loaded(name)
     options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=drafts)
-    return with_few_shapes(Engine(model, cfg, tokenizer, options), 1, 16)
+    return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES)
 
 
 def serve(engine: Engine, prompts, params) -> list[list[Output]]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 import jaxserve
 from jaxserve.checkpoints.hub import EMBEDDED
+from tests.jaxserve.conftest import GOLDENS, word_tokenizer
 
 MAIN = "from jaxserve.cli import main; "
+TOO_SHORT = ("--max-model-len", "2")  # for what is tested before anything is compiled
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not so in the background
 
 
@@ -43,20 +46,22 @@ def test_generate_streams_the_prompt_and_its_continuation_and_ends_with_its_spee
 
 
 def test_generate_reads_its_prompt_from_standard_input():
-    result = run("generate", "-", "--max-tokens", "4", stdin="import os\n")
-    assert result.stdout.startswith("import os\n")
+    result = run("generate", "-", *TOO_SHORT, stdin="import os\n" * 50)
+    assert "prompt has 151 tokens" in result.stderr
 
 
-def test_an_answer_cut_for_want_of_room_says_so():
-    room = ("--max-model-len", "16", "--temperature", "0")
-    result = run("generate", "def quicksort(items):", *room)
-    assert result.returncode == 0
-    assert "of 128 tokens, for want of room; raise --max-model-len" in result.stderr
+def test_an_answer_cut_for_want_of_room_says_so(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDENS / "qwen3" / name, tmp_path)
+    (tmp_path / "tokenizer.json").write_text(word_tokenizer(97).to_json())
+    result = run("generate", "t5 t7", "--model", str(tmp_path), "--max-model-len", "16", "--temperature", "0")
+    assert result.returncode == 0, result.stderr
+    assert "cut after 14 of 128 tokens, for want of room; raise --max-model-len" in result.stderr
 
 
 def test_without_a_place_for_compiled_programs_one_line_says_so(tmp_path):
     (tmp_path / "file").touch()
-    result = run("generate", "x y z", "--max-model-len", "2", XDG_CACHE_HOME=str(tmp_path / "file"))
+    result = run("generate", "x y z", *TOO_SHORT, XDG_CACHE_HOME=str(tmp_path / "file"))
     warning, refusal = result.stderr.splitlines()
     assert warning.startswith("warning: compiled programs can't be kept for the next time: ")
     assert refusal.startswith("error: prompt has")
@@ -69,9 +74,10 @@ def test_a_warning_about_a_checkpoint_is_one_line(tmp_path):
     tensors = load_file(EMBEDDED / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if f"layers.{layers}." not in name}
     save_file(kept, tmp_path / "model.safetensors")
-    result = run("generate", "x", "--max-tokens", "2", "--model", str(tmp_path))
-    assert result.stderr.splitlines()[0].startswith("warning: config.json announces 1 MTP layer(s)")
-    assert len(result.stderr.splitlines()) == 3
+    result = run("generate", "x y z", *TOO_SHORT, "--model", str(tmp_path))
+    warning, refusal = result.stderr.splitlines()
+    assert warning.startswith("warning: config.json announces 1 MTP layer(s)")
+    assert refusal.startswith("error: prompt has")
 
 
 # -- info --
@@ -153,9 +159,12 @@ def test_output_that_can_not_be_written_is_told_in_one_line(arguments):
     assert result.returncode == 1
 
 
-def test_what_the_terminal_can_not_spell_is_escaped():
-    result = run("generate", "é", "--max-tokens", "2", PYTHONIOENCODING="ascii")
-    assert result.stdout.startswith("\\xe9")
+def test_what_the_terminal_can_not_spell_is_escaped(tmp_path):
+    folder = tmp_path / "é"
+    folder.mkdir()
+    (folder / "config.json").write_text((EMBEDDED / "config.json").read_text())
+    result = run("info", str(folder), PYTHONIOENCODING="ascii")
+    assert result.stdout.splitlines()[0].endswith("\\xe9")
 
 
 def test_ctrl_c_ends_an_answer_with_status_130():

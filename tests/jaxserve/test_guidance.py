@@ -18,7 +18,7 @@ from jaxserve.tokenizer import Tokenizer
 from tests.jaxserve.conftest import tokens, word_tokenizer
 from tests.jaxserve.test_product import engine
 
-pytestmark = pytest.mark.xdist_group("embedded-1")  # compiled in one process
+pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
 VOCABULARY, EOS = 4096, 1
 SCHEMA = {
     "type": "object",

@@ -11,9 +11,9 @@ import pytest
 from jaxserve import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from jaxserve.checkpoints import store
 from jaxserve.checkpoints.hub import EMBEDDED
-from tests.jaxserve.conftest import EMBEDDED_SIZE, GOLDENS, SIZE, with_few_shapes, word_tokenizer
+from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, GOLDENS, SIZE, with_few_shapes, word_tokenizer
 
-pytestmark = pytest.mark.xdist_group("embedded-1")  # compiled in one process
+pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 PROMPTS = ["def quicksort(items):", "import os\nimport", "class Node:\n    def __init__(self"]
@@ -21,7 +21,7 @@ PROMPTS = ["def quicksort(items):", "import os\nimport", "class Node:\n    def _
 
 def serving(model: Any = None, dtype: str = "float32", **options: Any) -> LLM:
     llm = LLM(model, dtype=dtype, **EMBEDDED_SIZE | options)
-    with_few_shapes(llm.engine)
+    with_few_shapes(llm.engine, EMBEDDED_SHAPES)
     return llm
 
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_our_own_gives_the_same_text(llm, tmp_path):
 
 
 def test_sixteen_bits_work_on_cpu():
-    llm = serving(dtype="bfloat16", max_num_seqs=4, num_speculative_tokens=0)
+    llm = serving(dtype="bfloat16", num_speculative_tokens=0)
     assert llm.engine._model.embed.dtype == jnp.bfloat16
     assert llm.generate(PROMPTS[:2], GREEDY)[0].outputs[0].text
 

@@ -21,7 +21,7 @@ COUNT = 8  # tokens of an answer
 PROMPTS = [(2, 3), (2,), (3, 1, 4, 1, 5, 9), (90, 8)]
 MODELS = [
     "deepseek_v3",
-    pytest.param("embedded", marks=pytest.mark.xdist_group("embedded-1")),  # compiled in one process
+    pytest.param("embedded", marks=pytest.mark.xdist_group("embedded")),  # compiled in one process
 ]
 
 
@@ -179,7 +179,7 @@ def test_without_max_tokens_an_answer_fills_the_engine(name):
     assert tokens(outputs)[:COUNT] == plain(name, 0)
 
 
-@pytest.mark.xdist_group("embedded-1")
+@pytest.mark.xdist_group("embedded")
 @pytest.mark.parametrize(("skip", "shown"), [(True, ""), (False, "special")])
 def test_the_model_s_end_ends_an_answer_or_is_a_token_like_others(skip, shown):
     tokenizer = loaded("embedded")[2]

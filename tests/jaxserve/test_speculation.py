@@ -13,7 +13,7 @@ from jaxserve.steps import Gate
 from tests.jaxserve.conftest import engine, loaded
 from tests.oracles import generate, reference
 
-pytestmark = pytest.mark.xdist_group("embedded-2")  # compiled in one process
+pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
 
 PROMPT = "def quicksort(items):\n    if len(items) <= 1:\n"  # a page of 16 tokens, and some more
 HOW: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 1.0, "seed": 5}}

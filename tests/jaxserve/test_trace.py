@@ -1,5 +1,6 @@
 """An engine at work for a while: nothing is compiled, nothing is lost, nothing is kept."""
 
+import os
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from jaxserve.pages import PagePool
 from jaxserve.request import Output, Request, SamplingParams
 from tests.jaxserve.conftest import SIZE
 
-REQUESTS = 500
+REQUESTS = int(os.environ.get("REQUESTS", 500))  # REQUESTS=5000 make pytest ARGS=tests/jaxserve/test_trace.py
 VOCABULARY = 97
 BASES = [[random.Random(i).randrange(2, 95) for _ in range(110)] for i in range(3)]
 

@@ -24,7 +24,7 @@ def optax_promotes():
 @pytest.fixture
 def run_of(monkeypatch, optax_promotes) -> Callable[..., None]:
     """Trains a tiny model on a tiny library, with a checkpoint every two updates of 32 tokens."""
-    small = raw_config("deepseek_v3", num_hidden_layers=2, vocab_size=corpus.VOCABULARY)
+    small = raw_config("deepseek_v3", num_hidden_layers=1, first_k_dense_replace=0, vocab_size=corpus.VOCABULARY)
     for module in (train, export):
         monkeypatch.setattr(module, "CONFIG", small)
     monkeypatch.setattr(train, "optimizer", lambda *_: SGD)
