@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 # Inherited by the processes that tests start.
@@ -35,6 +36,14 @@ jaxtyping.install_import_hook(NUMERIC, "beartype.beartype")
 # The first example compiles, the others do not: a deadline would call that flaky.
 hypothesis.settings.register_profile("jaxserve", deadline=None)
 hypothesis.settings.load_profile("jaxserve")
+
+
+@pytest.fixture(autouse=True)
+def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The engine's programs are those of users. Others run once or twice, and to optimize them would take longer."""
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name != "jaxserve")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -75,7 +75,7 @@ def engine(name: str, drafts: int) -> Engine:
     """Steps of 128 tokens, compiled when they are needed."""
     cfg, model, tokenizer, *_ = loaded(name)
     options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=drafts)
-    return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES)
+    return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name == "embedded" else None)
 
 
 def serve(engine: Engine, prompts, params) -> list[list[Output]]:
