@@ -173,7 +173,11 @@ class _ByteText:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, tokens: list[str]) -> str:
-        return self._utf8.decode(b"".join(map(_bytes, tokens)))
+        text = self._utf8.decode(b"".join(map(_bytes, tokens)))
+        held, _ = self._utf8.getstate()
+        if held[:1] == b"\xed" and held[1:] >= b"\xa0":  # no character begins so, yet Python waits for a third byte
+            text += self.finish()
+        return text
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -130,6 +130,7 @@ def test_every_malformed_utf8_streams_as_it_decodes():
 
 
 @given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=20))
+@example(ids=ids_of(BYTE_LEVEL, "í", "¡"))  # the first two bytes of a surrogate
 def test_a_byte_level_stream_holds_back_nothing_but_an_unfinished_character(ids):
     stream, given_out = BYTE_LEVEL.stream(), ""
     for n, id in enumerate(ids, 1):
