@@ -111,7 +111,7 @@ def least(logits_su: Float[Array, "s u"], how: Sampling) -> Float[Array, " s"]:
 
 
 def _least_among(top_sk: Array, logits_su: Array, how: Sampling) -> tuple[Array, Array]:
-    """The smallest of some largest logits that may be drawn, and whether no other one can be smaller."""
+    """The smallest of the `k` largest logits that may be drawn, `[s]`, and whether none outside may be, `[s]`."""
     count, vocabulary = top_sk.shape[1], logits_su.shape[1]
     limit_s = jnp.where(how.top_k_s < vocabulary, how.top_k_s, 0)
     kth_s = jnp.take_along_axis(top_sk, jnp.clip(limit_s - 1, 0, count - 1)[:, None], axis=-1)[:, 0]

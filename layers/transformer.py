@@ -101,7 +101,7 @@ def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> 
     return Output(rms_norm(x_td, model.norm, cfg.norm_eps), tuple(caches), load_le)
 
 
-@partial(jax.jit, static_argnames="cfg")  # traced once for all layers of a kind: half of what a program's start takes
+@partial(jax.jit, static_argnames="cfg")  # traced once for all layers of a kind, in half the time
 def decoder_layer(
     p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
 ) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:

@@ -1,6 +1,7 @@
 """Tiny checkpoints with a tokenizer, and engines that serve them."""
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,11 @@ SIZE: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 128, "max_num_batche
 EMBEDDED_SIZE: dict[str, Any] = SIZE | {"max_num_seqs": 16, "page_size": 16, "speculation_entropy": 3.0}
 """Of those that serve the embedded model."""
 
-
 EMBEDDED_SHAPES = Shapes(prefill=(Tiles(2, 8), Tiles(16, 8)), decode=(1, 16))
 
 
 def with_few_shapes(engine: Engine, shapes: Shapes | None = None) -> Engine:
-    """The engine with few programs, or one each for prefill and decode; none of them is compiled yet."""
+    """The engine with these shapes, or one each for prefill and decode; none of them is compiled yet."""
     engine._shapes = shapes or Shapes(prefill=(Tiles(16, 8),), decode=(engine.options.max_num_seqs,))
     return engine
 
@@ -76,6 +76,16 @@ def engine(name: str, drafts: int) -> Engine:
     cfg, model, tokenizer, *_ = loaded(name)
     options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=drafts)
     return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name == "embedded" else None)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A model of random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(GOLDENS / "qwen3" / name, folder)
+    (folder / "tokenizer.json").write_text(word_tokenizer(97).to_json())
+    return folder
 
 
 def serve(engine: Engine, prompts, params) -> list[list[Output]]:

@@ -11,7 +11,7 @@ import pytest
 from jaxserve import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
 from jaxserve.checkpoints import store
 from jaxserve.checkpoints.hub import EMBEDDED
-from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, GOLDENS, SIZE, with_few_shapes, word_tokenizer
+from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, GOLDENS, SIZE, with_few_shapes
 
 pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
 
@@ -175,16 +175,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     shutil.copy(EMBEDDED / "tokenizer.json", tmp_path)
     with pytest.raises(CheckpointError, match="tokenizer.json has 4096 tokens, config.json has a vocab_size of 97"):
         LLM(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    """A model of random weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(GOLDENS / "qwen3" / name, folder)
-    (folder / "tokenizer.json").write_text(word_tokenizer(97).to_json())
-    return folder
 
 
 @pytest.fixture(scope="module")
