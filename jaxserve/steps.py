@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxserve.layers.batch import Batch
+from jaxserve.layers.batch import Batch, Rows
 from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import draft
 from jaxserve.layers.sampling import Logprobs, entropy, logprobs, sample
@@ -86,8 +86,8 @@ def prefill(
     state = State(advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s), out.cache)
     if drafts:
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
-        hidden_td, state = _draft(model, out.hidden_td, batch._replace(tokens_t=following_t), state, cfg)
-        state = _guess(model, take(hidden_td, pack.last_a), state, table, rows_s, cfg, drafts)
+        following, last = batch._replace(tokens_t=following_t), Rows(pack.last_a, rows_s)
+        state = _guess(model, out.hidden_td, following, last, state, table, cfg, drafts)
     chosen = jax.tree.map(lambda column: column[None], _chosen(choice, count_s, state.slots, rows_s, drafts))
     return Prefilled(chosen, _known(model, out.hidden_td, pack)), state
 
@@ -147,9 +147,8 @@ def _verify(
         following = batch._replace(
             tokens_t=choice.tokens_sw.reshape(-1), positions_t=jnp.where(kept_sw, places_sw, -1).reshape(-1)
         )
-        hidden_td, state = _draft(model, out.hidden_td, following, state, cfg)
-        last_s = jnp.arange(len(rows_s)) * width + jnp.maximum(count_s - 1, 0)
-        state = _guess(model, hidden_td[last_s], state, table, rows_s, cfg, drafts)
+        last = Rows(jnp.arange(len(rows_s)) * width + jnp.maximum(count_s - 1, 0), rows_s)
+        state = _guess(model, out.hidden_td, following, last, state, table, cfg, drafts)
     return _chosen(choice, count_s, state.slots, rows_s, drafts), state
 
 
@@ -165,35 +164,31 @@ def _active(slots: Slots, rows_s: Array) -> Bool[Array, " s"]:
     return real(rows_s, slots) & (take(slots.positions_s, rows_s) >= 0)
 
 
-def _draft(model: Model, hidden_td: Array, following: Batch, state: State, cfg: Config) -> tuple[Array, State]:
-    """The MTP module's state at each place, where `following` has the token after it."""
-    at = cfg.layers
-    ahead = draft(model, model.mtp[0], hidden_td, following, state.cache[at], cfg)
-    return ahead.hidden_td, state._replace(cache=(*state.cache[:at], ahead.cache, *state.cache[at + 1 :]))
-
-
 @jax.named_scope("guess")
 def _guess(
-    model: Model, hidden_sd: Array, state: State, table: Table, rows_s: Array, cfg: Config, drafts: int
+    model: Model, hidden_td: Array, following: Batch, last: Rows, state: State, table: Table, cfg: Config, drafts: int
 ) -> State:
-    """Guesses the tokens after each row's last; for those after the first, the module goes on from its own state.
+    """Tells the MTP module which token has followed each place; guesses those after the `last` of each sequence.
 
-    A guess is drawn with the noise that the model's choice at its place will be drawn with.
+    For guesses after the first, the module goes on from its own state. A guess is drawn with the noise that the model's
+    choice at its place will be drawn with.
     """
+    slots, cache, rows_s, wanted = state.slots, state.cache[cfg.layers], last.slots_s, last
     sampling = jax.tree.map(lambda column: take(column, rows_s), table.sampling)
-    place_s, guesses = take(state.slots.positions_s, rows_s), []
+    place_s, guesses, surprise_s = take(slots.positions_s, rows_s), [], []
     for i in range(drafts):
         if i:
             at_s = places(jnp.where(place_s < 0, -1, place_s + i - 1), take(table.limits_s, rows_s), 1)[:, 0]
-            following = Batch(guesses[-1], at_s, rows_s, table.pages_sp)
-            hidden_sd, state = _draft(model, hidden_sd, following, state, cfg)
-        scores_su = logits(model, hidden_sd)
+            following, wanted = Batch(guesses[-1], at_s, rows_s, table.pages_sp), None
+        hidden_td, cache, _ = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted)
+        scores_su = logits(model, hidden_td)
         guesses.append(sample(scores_su, place_s + 1 + i, sampling))
-        if i == 0:
-            entropy_s = state.slots.entropy_s.at[rows_s].set(entropy(scores_su), mode="drop")
-            state = state._replace(slots=state.slots._replace(entropy_s=entropy_s))
-    drafts_sk = state.slots.drafts_sk.at[rows_s].set(jnp.stack(guesses, axis=1), mode="drop")
-    return state._replace(slots=state.slots._replace(drafts_sk=drafts_sk))
+        surprise_s.append(entropy(scores_su))
+    slots = slots._replace(
+        drafts_sk=slots.drafts_sk.at[rows_s].set(jnp.stack(guesses, axis=1), mode="drop"),
+        entropy_s=slots.entropy_s.at[rows_s].set(surprise_s[0], mode="drop"),
+    )
+    return State(slots, (*state.cache[: cfg.layers], cache, *state.cache[cfg.layers + 1 :]))
 
 
 def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxserve.layers.batch import Batch, num_blocks, read_block, write
+from jaxserve.layers.batch import Batch, num_blocks, read_block
 from jaxserve.layers.config import Config, GroupedAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
@@ -89,15 +89,17 @@ def gqa_cache(att: GroupedAttention, pages: int, page_size: int, dtype) -> KeyVa
 
 def gqa(
     p: Gqa, x_td: Float[Array, "t d"], cache: KeyValueCache, batch: Batch, cfg: Config, att: GroupedAttention
-) -> tuple[Float[Array, "t d"], KeyValueCache]:
-    """Adds the step's keys and values to the cache, then attends to all of it."""
+) -> Float[Array, "t d"]:
+    """Attends to the cache, which has the tokens' own keys and values."""
     q_thr = rms_norm(einsum("td,hrd->thr", x_td, p.w_q), p.q_norm, cfg.norm_eps)
+    o_thv = attend_grouped(rotate(q_thr, batch.positions_t, cfg.rope), cache, batch, att)
+    return merge_heads(o_thv, p.w_o)
+
+
+def keys_values(p: Gqa, x_td: Float[Array, "t d"], batch: Batch, cfg: Config) -> KeyValueCache:
+    """What a token leaves in the cache: its keys `[t, g, r]`, normed and rotated, and its values `[t, g, v]`."""
     k_tgr = rms_norm(einsum("td,grd->tgr", x_td, p.w_k), p.k_norm, cfg.norm_eps)
-    v_tgv = einsum("td,gvd->tgv", x_td, p.w_v)
-    q_thr, k_tgr = (rotate(x, batch.positions_t, cfg.rope) for x in (q_thr, k_tgr))
-    cache = write(cache, KeyValueCache(k_tgr, v_tgv), batch)
-    o_thv = attend_grouped(q_thr, cache, batch, att)
-    return merge_heads(o_thv, p.w_o), cache
+    return KeyValueCache(rotate(k_tgr, batch.positions_t, cfg.rope), einsum("td,gvd->tgv", x_td, p.w_v))
 
 
 def merge_heads(o_thv: Float[Array, "t h v"], w_o: Leaf) -> Float[Array, "t d"]:

@@ -28,6 +28,19 @@ class Batch(NamedTuple):
         return self.tokens_t.shape[0] // self.slots_a.shape[0]
 
 
+class Rows(NamedTuple):
+    """Some tokens of a batch."""
+
+    index_s: Int[Array, " s"]  # where they are in `tokens_t`; a number past the last is none
+    slots_s: Int[Array, " s"]  # the sequence of each
+
+
+def pick(batch: Batch, rows: Rows) -> Batch:
+    """Some tokens of a batch as one, a tile each."""
+    positions_s = jnp.take(batch.positions_t, rows.index_s, mode="fill", fill_value=-1)
+    return Batch(jnp.take(batch.tokens_t, rows.index_s, mode="clip"), positions_s, rows.slots_s, batch.pages_sp)
+
+
 def write(pages: Leaf, rows: Leaf, batch: Batch) -> Leaf:
     """Stores one row per token where its position belongs: `pages[p, b, …]` and `rows[t, …]` are trees alike."""
     b = jax.tree.leaves(pages)[0].shape[1]

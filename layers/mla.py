@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxserve.layers.attention import Block, attend, merge_heads
-from jaxserve.layers.batch import Batch, num_blocks, read_block, write
+from jaxserve.layers.batch import Batch, num_blocks, read_block
 from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
@@ -73,13 +73,11 @@ def mla_cache(att: LatentAttention, pages: int, page_size: int, dtype) -> Latent
 
 def mla(
     p: Mla, x_td: Float[Array, "t d"], cache: LatentCache, batch: Batch, cfg: Config, att: LatentAttention
-) -> tuple[Float[Array, "t d"], LatentCache]:
-    """Adds the step's latents to the cache, then attends to all of it in the form that costs less."""
+) -> Float[Array, "t d"]:
+    """Attends to the cache, which has the tokens' own latents, in the form that costs less."""
     q_thn, q_thr = queries(p, x_td, batch, cfg, att)
-    cache = write(cache, latents(p, x_td, batch, cfg), batch)
     form = attend_expanded if expanding_pays(att, batch.tile) else attend_absorbed
-    o_thv = form(p, q_thn, q_thr, cache, batch, att)
-    return merge_heads(o_thv, p.w_o), cache
+    return merge_heads(form(p, q_thn, q_thr, cache, batch, att), p.w_o)
 
 
 def queries(p: Mla, x_td: Array, batch: Batch, cfg: Config, att: LatentAttention) -> tuple[Array, Array]:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.layers.batch import Batch
+from jaxserve.layers.batch import Batch, Rows, pick
 from jaxserve.layers.config import Config
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.norm import rms_norm
-from jaxserve.layers.transformer import Model, Mtp, decoder_layer
+from jaxserve.layers.transformer import Model, Mtp, extend_cache, layer_output
 
 
 class Draft(NamedTuple):
@@ -22,11 +22,15 @@ class Draft(NamedTuple):
 
 
 @jax.named_scope("draft")
-def draft(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config) -> Draft:
+def draft(
+    model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config,
+    wanted: Rows | None = None,
+) -> Draft:  # fmt: skip
     """Joins the hidden state at a position with the embedding of the next token; the result predicts the one after.
 
     `batch.tokens_t` holds the *next* tokens: for a row with the hidden state of position i, the token of position
-    i + 1, and i in `positions_t`. `cache` is the module's own.
+    i + 1, and i in `positions_t`. `cache` is the module's own: it gains the entries of all rows, whichever results are
+    `wanted`.
 
     The state is the one after the model's last norm, and the embedding comes first, as in published serving code
     (the paper's eq. 21 writes them the other way round).
@@ -34,5 +38,8 @@ def draft(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, 
     embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
     joined_tz = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
     x_td = einsum("tz,dz->td", joined_tz, mtp.w_join)
-    x_td, cache, load_e = decoder_layer(mtp.layer, x_td, cache, batch, cfg)
+    cache = extend_cache(mtp.layer, x_td, cache, batch, cfg)
+    if wanted is not None:
+        x_td, batch = jnp.take(x_td, wanted.index_s, axis=0, mode="clip"), pick(batch, wanted)
+    x_td, load_e = layer_output(mtp.layer, x_td, cache, batch, cfg)
     return Draft(rms_norm(x_td, mtp.norm, cfg.norm_eps), cache, load_e)

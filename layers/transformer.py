@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.layers.attention import Gqa, gqa, gqa_cache, gqa_params
-from jaxserve.layers.batch import Batch
+from jaxserve.layers.attention import Gqa, gqa, gqa_cache, gqa_params, keys_values
+from jaxserve.layers.batch import Batch, write
 from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
-from jaxserve.layers.mla import Mla, mla, mla_cache, mla_params
+from jaxserve.layers.mla import Mla, latents, mla, mla_cache, mla_params
 from jaxserve.layers.moe import Mlp, Moe, mlp, mlp_params, moe, moe_params
 from jaxserve.layers.norm import rms_norm
 from jaxserve.parallel.sharding import Param
@@ -105,18 +105,38 @@ def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> 
 def decoder_layer(
     p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
 ) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:
-    """Attention, then the feed-forward network; the third result is the experts' load, None if there are none."""
-    y_td, cache = _attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg)
-    x_td = x_td + y_td
-    normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
-    if isinstance(p.ffn, Moe) and cfg.experts:
-        y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts)
-        return x_td + y_td, cache, load_e
-    return x_td + mlp(cast(Mlp, p.ffn), normed_td), cache, None
+    """Adds the tokens' entries to the cache, then lets them see it: their new states, the cache and the load."""
+    cache = extend_cache(p, x_td, cache, batch, cfg)
+    x_td, load_e = layer_output(p, x_td, cache, batch, cfg)
+    return x_td, cache, load_e
 
 
 @jax.named_scope("attention")
-def _attention(p: Mla | Gqa, x_td: Array, cache: Any, batch: Batch, cfg: Config) -> tuple[Array, Any]:
+def extend_cache(p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config) -> Any:
+    """The cache of a layer with what its attention keeps of these tokens."""
+    normed_td = rms_norm(x_td, p.attn_norm, cfg.norm_eps)
+    if isinstance(p.attn, Mla):
+        return write(cache, latents(p.attn, normed_td, batch, cfg), batch)
+    return write(cache, keys_values(p.attn, normed_td, batch, cfg), batch)
+
+
+def layer_output(
+    p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
+) -> tuple[Float[Array, "t d"], Int[Array, " e"] | None]:
+    """Attention to a cache that has the tokens' own entries, then the feed-forward network.
+
+    The second result is the experts' load, None if there are none.
+    """
+    x_td = x_td + _attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg)
+    normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
+    if isinstance(p.ffn, Moe) and cfg.experts:
+        y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts)
+        return x_td + y_td, load_e
+    return x_td + mlp(cast(Mlp, p.ffn), normed_td), None
+
+
+@jax.named_scope("attention")
+def _attention(p: Mla | Gqa, x_td: Array, cache: Any, batch: Batch, cfg: Config) -> Float[Array, "t d"]:
     match p, cfg.attention:
         case Mla() as latent, LatentAttention() as att:
             return mla(latent, x_td, cache, batch, cfg, att)

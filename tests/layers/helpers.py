@@ -1,6 +1,6 @@
 """Tiny random models, batches over paged caches, and the same weights under their published names."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxserve.layers import config
 from jaxserve.layers.attention import Gqa
-from jaxserve.layers.batch import Batch
+from jaxserve.layers.batch import Batch, write
 from jaxserve.layers.config import Config
 from jaxserve.layers.mla import Mla
 from jaxserve.layers.moe import Mlp, Moe
@@ -89,6 +89,16 @@ def chunks(tokens: np.ndarray, table: np.ndarray, size: int) -> Iterator[Batch]:
     """One sequence as batches of `size` tokens, the last one padded."""
     for start in range(0, len(tokens), size):
         yield batch_of([tokens[start : start + size]], table, [start], tile=size)
+
+
+def extending(attention: Callable, entries: Callable) -> Callable:
+    """An attention that first adds the tokens' own entries to the cache, and gives that too."""
+
+    def run(p: Any, x_td: jax.Array, cache: Any, batch: Batch, cfg: Config, att: Any) -> tuple[jax.Array, Any]:
+        cache = write(cache, entries(p, x_td, batch, cfg), batch)
+        return attention(p, x_td, cache, batch, cfg, att), cache
+
+    return run
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 
 from jaxserve.layers import batch as paging
-from jaxserve.layers.attention import Block, KeyValueCache, attend, attend_grouped, gqa, gqa_cache, gqa_params
+from jaxserve.layers.attention import (
+    Block,
+    KeyValueCache,
+    attend,
+    attend_grouped,
+    gqa,
+    gqa_cache,
+    gqa_params,
+    keys_values,
+)
 from jaxserve.layers.config import Config, GroupedAttention
 from tests.layers.helpers import (
     batch_of,
     empty,
+    extending,
     f64,
     intermediates,
     normal,
@@ -132,7 +142,7 @@ def test_the_result_has_the_dtype_of_the_query_whatever_the_cache_holds(rng, bit
 
 CFG = Config.tiny("qwen3")
 GQA = cast(GroupedAttention, CFG.attention)
-layer = jax.jit(partial(gqa, cfg=CFG, att=GQA))
+layer = jax.jit(partial(extending(gqa, keys_values), cfg=CFG, att=GQA))
 
 
 def test_the_layer_equals_the_reference(rng):

@@ -20,6 +20,8 @@ def rows_of_product(x, w) -> int:
         ("td,fd->tf", (5, 7), (3, 7)),
         ("td,hrd->thr", (1, 7), (2, 3, 7)),
         ("thv,dhv->td", (5, 2, 3), (7, 2, 3)),
+        *(("thn,hnc->thc", (rows, 2, 7), (2, 7, 3)) for rows in (1, 5, 40)),
+        *(("thc,hvc->thv", (rows, 2, 7), (2, 3, 7)) for rows in (1, 5, 40)),
         ("td,efd->etf", (5, 7), (4, 3, 7)),
         ("td,efd->etf", (1, 7), (4, 3, 7)),
         ("etf,edf->etd", (4, 1, 7), (4, 3, 7)),
@@ -55,6 +57,21 @@ def test_sums_of_16_bit_products_do_not_saturate(rows):
     """Summed in bfloat16, ones would stop at 256."""
     y = einsum("td,fd->tf", jnp.ones((rows, 4096), jnp.bfloat16), jnp.ones((2, 4096), jnp.bfloat16))
     assert_close(y, np.full((rows, 2), 4096.0), 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "w", "rows", "product"),
+    [
+        ("thn,hnc->thc", (6, 32, 64), 2, (6, 2, 64)),
+        ("thn,hnc->thc", (6, 32, 64), 40, (6, 40, 64)),
+        ("thc,hvc->thv", (6, 64, 32), 2, (6, 64, 2)),
+        ("thc,hvc->thv", (6, 64, 32), 40, (6, 40, 64)),
+    ],
+)
+def test_products_of_heads_have_the_heads_in_front(spec, w, rows, product):
+    """As written, XLA's CPU backend runs the first one number by number: 6 to 20 times slower."""
+    jaxpr = jax.make_jaxpr(lambda x, w: einsum(spec, x, w))(jnp.ones((rows, 6, 32)), jnp.ones(w))
+    assert list(intermediates(jaxpr, "dot_general")) == [product]
 
 
 def test_float32_keeps_its_precision(rng):

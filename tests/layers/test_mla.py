@@ -15,6 +15,7 @@ from jaxserve.layers.mla import (
     attend_absorbed,
     attend_expanded,
     expanding_pays,
+    latents,
     mla,
     mla_cache,
     mla_params,
@@ -24,6 +25,7 @@ from tests.layers.helpers import (
     batch_of,
     chunks,
     empty,
+    extending,
     f64,
     intermediates,
     normal,
@@ -54,7 +56,7 @@ class Layer:
         assert isinstance(self.cfg.attention, LatentAttention)
         self.att = self.cfg.attention
         self.weights = random_arrays(mla_params(self.cfg, self.att, jnp.float32), rng)
-        self.run = jax.jit(partial(mla, cfg=self.cfg, att=self.att))
+        self.run = jax.jit(partial(extending(mla, latents), cfg=self.cfg, att=self.att))
 
     def empty(self, pages: int) -> LatentCache:
         return empty(mla_cache(self.att, pages, 4, jnp.float32))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.layers.batch import Rows
 from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import draft
 from jaxserve.layers.transformer import Model, forward, logits
@@ -12,6 +13,7 @@ from tests.layers.helpers import (
     batch_of,
     chunks,
     empty_cache,
+    normal,
     page_table,
     published,
     random_model,
@@ -55,6 +57,18 @@ def test_step_by_step_gives_what_all_positions_at_once_give(rng, chunk):
     model, tokens = random_model(cfg, rng), random_tokens(cfg, rng, 20)
     whole, _ = drafted(model, cfg, tokens)
     assert_close(drafted(model, cfg, tokens, chunk)[0], whole, MODEL)
+
+
+def test_wanted_rows_are_those_of_all_and_the_cache_gains_every_entry(rng):
+    cfg = Config.tiny("deepseek_v3")
+    model, table = random_model(cfg, rng), page_table(2, 2, seed=4)
+    batch, hidden = batch_of([[5, 6, 7], [8]], table), normal(rng, 6, cfg.width)
+    every = run_draft(model, model.mtp[0], hidden, batch, empty_cache(cfg, 4, 4)[-1], cfg)
+    rows = Rows(jnp.array([3, 6, 1]), jnp.array([1, 0, 0]))  # the second is none
+    some = run_draft(model, model.mtp[0], hidden, batch, empty_cache(cfg, 4, 4)[-1], cfg, rows)
+    assert_close(some.hidden_td[np.array([0, 2])], every.hidden_td[np.array([3, 1])], MODEL)
+    assert_close(some.cache.c, every.cache.c, MODEL)
+    assert (every.load_e.sum(), some.load_e.sum()) == (4 * cfg.experts.per_token, 2 * cfg.experts.per_token)
 
 
 def test_padding_counts_for_no_expert_of_the_module(rng):
