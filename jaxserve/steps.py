@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.batch import Batch, Rows
 from jaxserve.layers.config import Config
-from jaxserve.layers.mtp import draft
+from jaxserve.layers.mtp import draft, follow
 from jaxserve.layers.sampling import Logprobs, entropy, logprobs, sample
 from jaxserve.layers.transformer import Model, forward, logits
 from jaxserve.slots import TOP, Choice, Masks, Slots, Table, advance, choose, places, real, report_if, take
@@ -34,7 +34,10 @@ class State(NamedTuple):
 
 
 class Gate(NamedTuple):
-    """When guesses are verified: with at most so many rows, of which half are guessed with at most this entropy."""
+    """When guesses are verified: with at most so many rows, of which half are guessed with at most this entropy.
+
+    With more rows, no guesses are made either.
+    """
 
     entropy: Float[Array, ""]  # nats
     rows: Int[Array, ""]
@@ -87,7 +90,7 @@ def prefill(
     if drafts:
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
         following, last = batch._replace(tokens_t=following_t), Rows(pack.last_a, rows_s)
-        state = _guess(model, out.hidden_td, following, last, state, table, cfg, drafts)
+        state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts)
     chosen = jax.tree.map(lambda column: column[None], _chosen(choice, count_s, state.slots, rows_s, drafts))
     return Prefilled(chosen, _known(model, out.hidden_td, pack)), state
 
@@ -103,7 +106,7 @@ def decode(
     """
 
     def verify(width: int, state: State) -> tuple[Chosen, State]:
-        return _verify(model, state, table, rows_s, masks, cfg, drafts, width)
+        return _verify(model, state, table, rows_s, masks, gate, cfg, drafts, width)
 
     def once(state: State) -> tuple[Chosen, State]:
         if not drafts:
@@ -128,8 +131,9 @@ def decode(
 
 @partial(jax.jit, static_argnames=("cfg", "drafts", "width"))  # traced once for `eval_shape` and the loop
 def _verify(
-    model: Model, state: State, table: Table, rows_s: Array, masks: Masks, cfg: Config, drafts: int, width: int
-) -> tuple[Chosen, State]:
+    model: Model, state: State, table: Table, rows_s: Array, masks: Masks, gate: Gate, cfg: Config, drafts: int,
+    width: int,
+) -> tuple[Chosen, State]:  # fmt: skip
     """Computes `width` tokens a row, its last and guesses; of the choices, those count that rest on right guesses."""
     slots = state.slots
     start_s = jnp.where(real(rows_s, slots), take(slots.positions_s, rows_s), -1)
@@ -148,7 +152,8 @@ def _verify(
             tokens_t=choice.tokens_sw.reshape(-1), positions_t=jnp.where(kept_sw, places_sw, -1).reshape(-1)
         )
         last = Rows(jnp.arange(len(rows_s)) * width + jnp.maximum(count_s - 1, 0), rows_s)
-        state = _guess(model, out.hidden_td, following, last, state, table, cfg, drafts)
+        idle = _crowded(state.slots, rows_s, gate) if width == 1 else None
+        state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts, idle)
     return _chosen(choice, count_s, state.slots, rows_s, drafts), state
 
 
@@ -156,7 +161,12 @@ def _pays(slots: Slots, rows_s: Array, gate: Gate) -> Bool[Array, ""]:
     """Whether verifying is worth its cost."""
     active_s = _active(slots, rows_s)
     sure_s = active_s & (take(slots.entropy_s, rows_s) <= gate.entropy)
-    return (active_s.sum() <= gate.rows) & (2 * sure_s.sum() >= active_s.sum())
+    return ~_crowded(slots, rows_s, gate) & (2 * sure_s.sum() >= active_s.sum())
+
+
+def _crowded(slots: Slots, rows_s: Array, gate: Gate) -> Bool[Array, ""]:
+    """Whether so many answers go on that guesses would not be verified."""
+    return _active(slots, rows_s).sum() > gate.rows
 
 
 def _active(slots: Slots, rows_s: Array) -> Bool[Array, " s"]:
@@ -164,31 +174,50 @@ def _active(slots: Slots, rows_s: Array) -> Bool[Array, " s"]:
     return real(rows_s, slots) & (take(slots.positions_s, rows_s) >= 0)
 
 
+def _follow(
+    model: Model, hidden_td: Array, following: Batch, last: Rows, state: State, table: Table, cfg: Config, drafts: int,
+    idle: Array | None = None,
+) -> State:  # fmt: skip
+    """Tells the MTP module which token has followed each place; unless `idle`, it guesses those after the `last`."""
+    rows_s, slots, at = last.slots_s, state.slots, cfg.layers
+
+    def guess(cache):
+        return _guess(model, hidden_td, following, last, slots, cache, table, cfg, drafts)
+
+    def only_follow(cache):
+        cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
+        return cache, jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.full(len(rows_s), jnp.inf)
+
+    given = state.cache[at]
+    cache, drafts_sk, entropy_s = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
+    slots = slots._replace(
+        drafts_sk=slots.drafts_sk.at[rows_s].set(drafts_sk, mode="drop"),
+        entropy_s=slots.entropy_s.at[rows_s].set(entropy_s, mode="drop"),
+    )
+    return State(slots, (*state.cache[:at], cache, *state.cache[at + 1 :]))
+
+
 @jax.named_scope("guess")
 def _guess(
-    model: Model, hidden_td: Array, following: Batch, last: Rows, state: State, table: Table, cfg: Config, drafts: int
-) -> State:
-    """Tells the MTP module which token has followed each place; guesses those after the `last` of each sequence.
+    model: Model, hidden_td: Array, following: Batch, last: Rows, slots: Slots, cache: Any, table: Table, cfg: Config,
+    drafts: int,
+) -> tuple[Any, Array, Array]:  # fmt: skip
+    """The module's cache, the guesses `[s, k]`, and the entropy of the first `[s]`.
 
     For guesses after the first, the module goes on from its own state. A guess is drawn with the noise that the model's
     choice at its place will be drawn with.
     """
-    slots, cache, rows_s, wanted = state.slots, state.cache[cfg.layers], last.slots_s, last
+    rows_s, wanted, guesses, scores = last.slots_s, last, [], []
     sampling = jax.tree.map(lambda column: take(column, rows_s), table.sampling)
-    place_s, guesses, surprise_s = take(slots.positions_s, rows_s), [], []
+    place_s = take(slots.positions_s, rows_s)
     for i in range(drafts):
         if i:
             at_s = places(jnp.where(place_s < 0, -1, place_s + i - 1), take(table.limits_s, rows_s), 1)[:, 0]
             following, wanted = Batch(guesses[-1], at_s, rows_s, table.pages_sp), None
         hidden_td, cache, _ = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted)
-        scores_su = logits(model, hidden_td)
-        guesses.append(sample(scores_su, place_s + 1 + i, sampling))
-        surprise_s.append(entropy(scores_su))
-    slots = slots._replace(
-        drafts_sk=slots.drafts_sk.at[rows_s].set(jnp.stack(guesses, axis=1), mode="drop"),
-        entropy_s=slots.entropy_s.at[rows_s].set(surprise_s[0], mode="drop"),
-    )
-    return State(slots, (*state.cache[: cfg.layers], cache, *state.cache[cfg.layers + 1 :]))
+        scores.append(logits(model, hidden_td))
+        guesses.append(sample(scores[-1], place_s + 1 + i, sampling))
+    return cache, jnp.stack(guesses, axis=1), entropy(scores[0])
 
 
 def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:

@@ -35,11 +35,21 @@ def draft(
     The state is the one after the model's last norm, and the embedding comes first, as in published serving code
     (the paper's eq. 21 writes them the other way round).
     """
-    embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
-    joined_tz = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
-    x_td = einsum("tz,dz->td", joined_tz, mtp.w_join)
+    x_td = _join(model, mtp, hidden_td, batch, cfg)
     cache = extend_cache(mtp.layer, x_td, cache, batch, cfg)
     if wanted is not None:
         x_td, batch = jnp.take(x_td, wanted.index_s, axis=0, mode="clip"), pick(batch, wanted)
     x_td, load_e = layer_output(mtp.layer, x_td, cache, batch, cfg)
     return Draft(rms_norm(x_td, mtp.norm, cfg.norm_eps), cache, load_e)
+
+
+@jax.named_scope("draft")
+def follow(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config) -> Any:
+    """The module's cache after `draft`, if no result is wanted."""
+    return extend_cache(mtp.layer, _join(model, mtp, hidden_td, batch, cfg), cache, batch, cfg)
+
+
+def _join(model: Model, mtp: Mtp, hidden_td: Array, batch: Batch, cfg: Config) -> Float[Array, "t d"]:
+    embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
+    joined_tz = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
+    return einsum("tz,dz->td", joined_tz, mtp.w_join)

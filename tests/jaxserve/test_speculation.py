@@ -185,6 +185,26 @@ def test_with_more_rows_than_speculation_max_seqs_guesses_are_not_verified(make,
     assert (wide > 0) == is_open
 
 
+def test_with_too_many_rows_no_guess_is_made_and_the_module_follows_all_the_same(make):
+    """So it guesses as ever when there are fewer again."""
+    subject, seen = make(1, rows=0), []
+
+    def look():
+        for s in subject._scheduler.running:
+            slots = subject._state.slots
+            place = int(slots.positions_s[s.slot])
+            if place >= 0:
+                seen.append((place, int(slots.drafts_sk[s.slot, 0]), float(slots.entropy_s[s.slot])))
+        if len(seen) == 10:
+            subject._gate = Gate(jnp.float32(OPEN), jnp.int32(1))
+
+    _, wide, _ = counted(subject, lambda: run(subject, "greedy", look))
+    made = [(place, token) for place, token, nats in seen if np.isfinite(nats)]
+    assert len(seen) - len(made) == 9  # the first is made with the prompt
+    assert made == [(place, guess("greedy", place + 1, "greedy")) for place, _ in made]
+    assert wide == len(made) - 1  # all the others are verified
+
+
 def test_a_sampled_request_s_guess_is_drawn_with_the_noise_of_its_place(make):
     subject = make(1)
     rows, _, (held,) = counted(subject, lambda: run(subject, "sampled"))
