@@ -75,7 +75,7 @@ def sample(scores_su: Float[Array, "s u"], positions_s: Int[Array, " s"], how: S
 
     Adds Gumbel noise to the logits that the filters keep and takes the largest: a draw from their softmax.
     """
-    greedy_s = jnp.argmax(scores_su, axis=-1).astype(jnp.int32)
+    greedy_s = largest(scores_su)
     drawn_s = how.temperature_s >= COLDEST
 
     def draw():
@@ -83,10 +83,17 @@ def sample(scores_su: Float[Array, "s u"], positions_s: Int[Array, " s"], how: S
         logits_su = (scores_su - scores_su.max(axis=-1, keepdims=True)) / hot_s[:, None]
         noise_su = jax.vmap(_noise, in_axes=(0, 0, None))(how.seed_s, positions_s, scores_su.shape[1])
         kept_su = logits_su >= least(logits_su, how)[:, None]
-        sampled_s = jnp.argmax(jnp.where(kept_su, logits_su + noise_su, -jnp.inf), axis=-1).astype(jnp.int32)
+        sampled_s = largest(jnp.where(kept_su, logits_su + noise_su, -jnp.inf))
         return jnp.where(drawn_s, sampled_s, greedy_s)
 
     return jax.lax.cond(jnp.any(drawn_s), draw, lambda: greedy_s)
+
+
+def largest(scores_su: Float[Array, "s u"]) -> Int[Array, " s"]:
+    """Where each row is largest, the first such place. Two passes that XLA vectorizes; of `argmax` it makes a loop."""
+    u = scores_su.shape[1]
+    is_largest_su = scores_su == scores_su.max(axis=-1, keepdims=True)
+    return jnp.where(is_largest_su, jnp.arange(u, dtype=jnp.int32), u - 1).min(axis=-1)
 
 
 def least(logits_su: Float[Array, "s u"], how: Sampling) -> Float[Array, " s"]:
@@ -140,5 +147,7 @@ def logprobs(scores_su: Float[Array, "s u"], tokens_s: Int[Array, " s"], count: 
 
 def entropy(scores_su: Float[Array, "s u"]) -> Float[Array, " s"]:
     """Of each row's softmax, in nats."""
-    log_su = jax.nn.log_softmax(scores_su, axis=-1)
-    return -jnp.sum(jnp.exp(log_su) * log_su, axis=-1)
+    below_su = scores_su - scores_su.max(axis=-1, keepdims=True)
+    mass_su = jnp.exp(below_su)
+    total_s = mass_su.sum(axis=-1)
+    return jnp.log(total_s) - (mass_su * below_su).sum(axis=-1) / total_s
