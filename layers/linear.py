@@ -21,6 +21,14 @@ def einsum(spec: str, x: jax.Array, w: Leaf) -> jax.Array:
     return jax.lax.slice_in_dim(_product(left, right, out, rows, w), 0, x.shape[0], axis=out.index("t"))
 
 
+def times(x: jax.Array, w: Leaf) -> jax.Array:
+    """A vector `[d]` times a matrix `[f, d]` that is cut out of a larger array: `[f]`.
+
+    XLA's CPU backend reads it where it lies, which takes half as long as to copy it for `einsum`, a fifth in 16 bits.
+    """
+    return jnp.dot(x, w.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
 def two_rows(x: jax.Array) -> jax.Array:
     """`x`, but a single row of 16-bit values twice: XLA's CPU backend has a scalar loop for one, 20 times slower."""
     return jnp.concatenate([x, x]) if x.shape[0] == 1 and x.dtype.itemsize < 4 else x

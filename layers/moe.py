@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.config import Config, Experts
 from jaxserve.layers.dims import AnyArray, Leaf
-from jaxserve.layers.linear import einsum, two_rows
+from jaxserve.layers.linear import einsum, times, two_rows
 from jaxserve.parallel.sharding import Param
 
 
@@ -136,7 +136,7 @@ def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
 
     A block is about as large as an expert's fair share; every expert that is visited wastes less than one block.
     """
-    size = min(64, 1 << (t * k // experts).bit_length())
+    size = min(64, 1 << ((t * k - 1) // experts).bit_length())
     return size, min(t * k, t * k // size + min(experts, t * k))
 
 
@@ -150,11 +150,16 @@ def _mix_blocks(p: Mlp, x_td: Array, routing: Routing) -> Array:
     def run(block: tuple[Array, Array]) -> Array:
         rows_td, expert = block
         weights = lambda: Mlp(*(jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in p))  # noqa: E731
-        return jax.lax.cond(expert < experts, lambda: mlp(weights(), rows_td), lambda: jnp.zeros_like(rows_td))
+        visit = (lambda: mlp(weights(), rows_td)) if size > 1 else (lambda: _mlp_of_one(weights(), rows_td[0])[None])
+        return jax.lax.cond(expert < experts, visit, lambda: jnp.zeros_like(rows_td))
 
     rows = jax.lax.map(run, (blocks, block_experts)).reshape(count * size, -1)
     y_tkd = jnp.take(rows, row_tk, axis=0, mode="clip")
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+
+
+def _mlp_of_one(p: Mlp, x_d: Float[Array, " d"]) -> Float[Array, " d"]:
+    return times(jax.nn.silu(times(x_d, p.w_gate)) * times(x_d, p.w_up), p.w_down)
 
 
 def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count: int) -> tuple[Array, Array]:

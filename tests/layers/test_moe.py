@@ -152,14 +152,14 @@ def test_activations_of_bfloat16_keep_their_dtype(rng, tokens, implementation):
 
 @pytest.mark.parametrize("implementation", ["dense", "blocks"])
 def test_no_expert_computes_a_single_row_of_16_bits(rng, implementation):
-    """XLA's CPU backend has a scalar loop for one row, 15 times slower than two."""
+    """XLA's CPU backend has a scalar loop for one row, 15 times slower than two; not so for a vector."""
     cfg, experts = experts_of(raw_config("deepseek_v3"))
     p = random_arrays(moe_params(cfg, experts, jnp.bfloat16), rng).experts
     args = p, normal(rng, 1, cfg.width, dtype=jnp.bfloat16), routing_of("random", rng, 1, 8, 3)
     jaxpr = jax.make_jaxpr(partial(mix_experts, implementation=implementation))(*args)
     *products, mixture = intermediates(jaxpr, "dot_general")
     assert len(products) == 3 and mixture == (1, cfg.width)
-    assert all(2 in shape for shape in products)
+    assert all(2 in shape if implementation == "dense" else len(shape) == 1 for shape in products)
 
 
 def test_an_unknown_implementation_is_refused_with_those_there_are(rng):
