@@ -36,7 +36,7 @@ class EngineConfig:
     page_size: int = 64  # tokens
     num_pages: int | None = None  # None: what all answers need at their longest, if `cache_bytes` hold that
     cache_bytes: int = 4 << 30
-    num_speculative_tokens: int | None = None  # guesses a step; None: 1 if the model has an MTP module, else 0
+    num_speculative_tokens: int | None = None  # guesses a step; None: 1 if the model has an MTP module, but 0 on CPU
     speculation_entropy: float = 2.0  # nats; guesses less sure than this are not verified
     speculation_max_seqs: int = 32  # with more answers in a step, guesses are not verified
     warmup: bool = True  # compile all steps at the start, rather than each when it is first needed
@@ -77,11 +77,13 @@ def model_len(cfg: Config, options: EngineConfig) -> int:
 
 
 def drafts(cfg: Config, options: EngineConfig) -> int:
-    """Guesses a step."""
+    """Guesses a step. By default none on CPU, where a guess costs more than it brings (`benchmarks/speculation.py`)."""
     wanted = options.num_speculative_tokens
     if wanted and not cfg.mtp_layers:
         raise RequestError(f"num_speculative_tokens = {wanted}: the model has no MTP module; it must be 0")
-    return min(1, cfg.mtp_layers) if wanted is None else wanted
+    if wanted is None:
+        return 0 if jax.default_backend() == "cpu" else min(1, cfg.mtp_layers)
+    return wanted
 
 
 def num_pages(cfg: Config, options: EngineConfig, dtype: Any) -> int:

@@ -3,6 +3,7 @@ import re
 import shutil
 from dataclasses import fields
 
+import jax
 import pytest
 
 from jaxserve import LLM, RequestError
@@ -89,9 +90,15 @@ def test_guesses_without_an_mtp_module_are_refused_before_weights_are_loaded(unl
         LLM(plain_folder(tmp_path), num_speculative_tokens=1)
 
 
-@pytest.mark.parametrize(("folder", "count"), [(GOLDENS / "qwen3", 0), (EMBEDDED, 1)])
-def test_a_guess_is_made_by_default_where_the_model_can(folder, count):
-    assert sizes.drafts(Config.from_hf(hf.read_json(folder)), EngineConfig()) == count
+@pytest.mark.parametrize(
+    ("folder", "backend", "count"),
+    [(GOLDENS / "qwen3", "gpu", 0), (EMBEDDED, "gpu", 1), (EMBEDDED, "tpu", 1), (EMBEDDED, "cpu", 0)],
+)
+def test_a_guess_is_made_by_default_where_the_model_can_and_it_pays(monkeypatch, folder, backend, count):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    cfg = Config.from_hf(hf.read_json(folder))
+    assert sizes.drafts(cfg, EngineConfig()) == count
+    assert sizes.drafts(cfg, EngineConfig(num_speculative_tokens=0)) == 0
 
 
 def test_an_answer_is_by_default_at_most_as_long_as_the_model_s_positions_and_8192():
