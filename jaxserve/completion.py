@@ -39,6 +39,11 @@ class Completion:
         found = tuple(logprobs[:taken])
         return Output(self.request.id, self.index, text, tuple(tokens[:taken]), found, reason, cause)
 
+    def rest(self) -> str:
+        """The text that was held back, for an answer that ends before its time."""
+        self._held += self._stream.finish()
+        return self._held
+
     def _push(self, token: int, over: bool) -> tuple[str, FinishReason | None, str | int | None]:
         self.count += 1
         reason, cause = self._ended_by(token)

@@ -1,5 +1,6 @@
 """The engine: plans a step, launches it, and reads the one before while the device works on it."""
 
+import copy
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -121,6 +122,8 @@ class Engine:
                 f"prompt has {len(tokens)} tokens; this engine accepts {self.max_model_len - 1} "
                 f"(max_model_len {self.max_model_len} less one). Raise max_model_len, or shorten the prompt."
             )
+        if not isinstance(request.priority, int):
+            raise RequestError(f"priority = {request.priority!r}: it must be a whole number")
         stops = p.stop_token_ids or ()
         if len(stops) > OWN_ENDS:
             raise RequestError(f"stop_token_ids has {len(stops)} tokens; it must have at most {OWN_ENDS}")
@@ -132,6 +135,7 @@ class Engine:
         self._guides.make(p)  # refuses forms that can't be followed
 
     def add(self, request: Request) -> None:
+        request = copy.deepcopy(request)  # whoever asks may change lists that were given
         self.check(request)
         if request.id in self._answers:
             raise RequestError(f"request id {request.id!r} is taken by a request that is not answered yet")
@@ -275,16 +279,16 @@ class Engine:
                 continue
             answer = self._answers[s.request.id][s.index]
             said = found.row(row)
-            if said.fault:
-                yield self._fail(answer, FAULTS[said.fault])
-                continue
             wanted, scores = s.request.params.logprobs, []
             if wanted is not None:
                 scores = [
                     self._logprobs(found.report, at, t, wanted) for at, t in zip(said.at, said.tokens, strict=True)
                 ]
             self._scheduler.landed(s, rounds)
-            yield self._extend(answer, said.tokens, scores, said.guesses)
+            output = self._extend(answer, said.tokens, scores, said.guesses)
+            if said.fault and not output.finish_reason:  # what stands after an answer's end is nobody's fault
+                output = self._fail(answer, said.fault, output)
+            yield output
         if rounds is not None:
             self._note_guesses(found)
 
@@ -305,11 +309,13 @@ class Engine:
             self._finish(answer)
         return output
 
-    def _fail(self, answer: Answer, fault: str) -> Output:
-        s = answer.sequence
-        self._scheduler.pool.retract(s.pages)
+    def _fail(self, answer: Answer, fault: int, output: Output) -> Output:
+        """Ends an answer with what it had said so far."""
+        if fault == NOT_FINITE:
+            self._scheduler.pool.retract(answer.sequence.pages)
         self._finish(answer)
-        return Output(s.request.id, s.index, finish_reason="error", error=fault)
+        text = output.text + answer.completion.rest()
+        return replace(output, text=text, finish_reason="error", error=FAULTS[fault])
 
     def _finish(self, answer: Answer) -> None:
         s = answer.sequence

@@ -154,7 +154,7 @@ def _grammar(form: StructuredOutputs) -> str:
         if form.choice is not None:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, form.choice)))
         return LLMatcher.grammar_from_lark(form.grammar or "")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs.{form.name} can't be followed: {error}") from None
 
 

@@ -14,7 +14,7 @@ from jaxserve.steps import Chosen
 class Said(NamedTuple):
     """What a step gave one sequence."""
 
-    tokens: list[int]
+    tokens: list[int]  # before the first fault
     at: list[tuple[int, int, int]]  # where in the step: round, row, place
     guesses: list[int]  # at what comes next
     fault: int  # FINE, or the first that it is not
@@ -38,7 +38,8 @@ class Reading:
     def row(self, row: int) -> Said:
         counts: Any = self.counts[:, row]
         at = [(turn, row, place) for turn, count in enumerate(counts) for place in range(count)]
-        faults = [int(self._status[index]) for index in at if self._status[index] != FINE]
+        status = [int(self._status[index]) for index in at]
+        fine = next((i for i, one in enumerate(status) if one != FINE), len(at))
         last = int(np.flatnonzero(counts)[-1]) if at else 0
-        guesses = self._guesses[last, row].tolist()
-        return Said([int(self._tokens[index]) for index in at], at, guesses, faults[0] if faults else FINE)
+        tokens, guesses = [int(self._tokens[index]) for index in at[:fine]], self._guesses[last, row].tolist()
+        return Said(tokens, at[:fine], guesses, status[fine] if fine < len(at) else FINE)

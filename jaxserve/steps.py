@@ -36,7 +36,7 @@ class State(NamedTuple):
 class Gate(NamedTuple):
     """When guesses are verified: with at most so many rows, of which half are guessed with at most this entropy.
 
-    With more rows, no guesses are made either.
+    With more rows, decoding makes none either.
     """
 
     entropy: Float[Array, ""]  # nats

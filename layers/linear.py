@@ -1,4 +1,4 @@
-"""Products with weights. Every product of an activation with a matrix of the model goes through `einsum`."""
+"""Products with weights: `einsum` for activations and a matrix, `times` for one token and one of many matrices."""
 
 import jax
 import jax.numpy as jnp

@@ -119,7 +119,7 @@ def mix_experts(
 
 
 def _cheaper(t: int, k: int, experts: int) -> str:
-    """Blocks read the experts that are visited, three times: a loop copies the weights of each before it uses them."""
+    """Blocks read the experts that are visited; those of several rows three times: they copy the weights they use."""
     return "dense" if t <= 32 and t * k >= 2 * experts else "blocks"
 
 

@@ -122,6 +122,19 @@ def test_a_length_beyond_the_model_s_positions_is_refused(make_engine):
         make_engine(max_model_len=100_000)
 
 
+def test_a_priority_that_has_no_order_is_refused(make_engine):
+    with pytest.raises(RequestError, match="priority = None: it must be a whole number"):
+        make_engine().add(Request("x", (1, 2), greedy(2), priority=None))  # type: ignore[arg-type]
+
+
+def test_what_is_asked_for_is_what_it_was_when_it_was_asked_for(make_engine):
+    engine, ids = make_engine(), [5, 6]
+    engine.add(Request("x", (1, 2), greedy(4, allowed_token_ids=ids)))
+    ids.append(10**6)
+    said = [t for _ in range(40) for output in engine.step() for t in output.token_ids]
+    assert len(said) == 4 and set(said) <= {5, 6}
+
+
 def test_an_id_is_refused_as_long_as_its_request_is_not_answered(make_engine):
     engine = make_engine()
     engine.add(Request("x", (5, 7), greedy(2)))

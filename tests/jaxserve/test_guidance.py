@@ -204,6 +204,24 @@ def test_bad_words_hold_within_a_form():
             assert len(text(outputs)) == 8 and word not in text(outputs)
 
 
+@pytest.mark.parametrize("guessing", [False, True])
+def test_an_answer_is_over_where_its_form_is_complete_though_nothing_could_follow(guessing):
+    """A guess may reach past that place, where no token is allowed."""
+    how = {"allowed_token_ids": spelled("a"), "temperature": 0.0, "max_tokens": 20}
+    lengths = [6, 7, 8, 9, 12]
+    forms = [StructuredOutputs(regex=f"a{{{n}}}") for n in lengths]
+    found = serve(guessing, [SamplingParams(structured_outputs=form, **how) for form in forms])
+    assert [(text(o), o[-1].finish_reason) for o in found] == [("a" * n, "stop") for n in lengths]
+
+
+def test_an_answer_that_fails_keeps_what_it_had_said():
+    form = StructuredOutputs(regex="aa[bc]{8}")
+    params = SamplingParams(structured_outputs=form, allowed_token_ids=spelled("a"), stop=["aaa"], max_tokens=20)
+    for guessing in (False, True):
+        (stuck,) = serve(guessing, [params])
+        assert (text(stuck), stuck[-1].finish_reason) == ("aa", "error")
+
+
 def test_a_form_that_can_go_on_nowhere_fails_alone():
     (stuck, free) = serve(False, [SamplingParams(
         structured_outputs=StructuredOutputs(regex="[ab]{8}"), allowed_token_ids=spelled("c")), FREE])  # fmt: skip
@@ -290,6 +308,7 @@ REFUSED = [
     ({"json": {"not": {"type": "string"}}}, "json", 'Unimplemented keys: ["not"]'),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "json", "minimum (5) is greater than maximum (3)"),
     ({"json": {"type": "string", "pattern": "("}}, "json", "unclosed group"),
+    ({"json": "[" * 100_000}, "json", "recursion"),
     ({"regex": "("}, "regex", "can't be followed: unclosed group"),
     ({"regex": r"(a)\1"}, "regex", "backreferences are not supported"),
     ({"regex": "(?=a)b"}, "regex", "look-around"),
