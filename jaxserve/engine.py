@@ -100,6 +100,7 @@ class Engine:
         self._came = 0.0  # when the step before was there
         self._round_seconds = PATIENCE  # what one takes
         self._programs = Programs(self._lower)
+        self._failure: Exception | None = None
         if options.warmup:
             self._programs.compile([*self._shapes.prefill, *self._shapes.decode, mark], progress)
         self.counters = Counters(pages=pages, accepted=[0] * self.drafts, compiled=len(self._programs))
@@ -135,6 +136,7 @@ class Engine:
         self._guides.make(p)  # refuses forms that can't be followed
 
     def add(self, request: Request) -> None:
+        self._check_whole()
         request = copy.deepcopy(request)  # whoever asks may change lists that were given
         self.check(request)
         if request.id in self._answers:
@@ -150,6 +152,19 @@ class Engine:
             self._scheduler.finish(answer.sequence)
 
     def step(self) -> list[Output]:
+        self._check_whole()
+        try:
+            return self._step()
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _check_whole(self) -> None:
+        """What a step that failed halfway has left can't be trusted: neither the plan nor the arrays it took over."""
+        if self._failure is not None:
+            raise RuntimeError("the engine has failed in an earlier step; make another one") from self._failure
+
+    def _step(self) -> list[Output]:
         clock = [time.perf_counter()]
         ongoing, self._ongoing = self._ongoing, self._launch(self._scheduler.schedule(self._rounds()))
         idle = ongoing is None or ongoing.last.is_ready()

@@ -69,6 +69,7 @@ class LLM:
         self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling)
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
+        self._left: deque[str] = deque()  # requests whose callers went away
         self._lock = threading.Lock()
 
     def generate(
@@ -163,6 +164,7 @@ class LLM:
         open_answers = sum(request.params.n for request in requests)
         try:
             with self._lock:
+                self._forget()
                 for request in requests:
                     self._inboxes[request.id] = inbox
                     self.engine.add(request)
@@ -171,20 +173,30 @@ class LLM:
                 open_answers -= output.finish_reason is not None
                 yield replace(output, request_id=names[output.request_id])
         finally:
-            with self._lock:
-                for request in requests:
-                    self._inboxes.pop(request.id, None)
-                    self.engine.abort(request.id)
+            self._left.extend(request.id for request in requests)
+            if self._lock.acquire(blocking=False):  # the garbage collector may end a stream in the middle of a step
+                try:
+                    self._forget()
+                finally:
+                    self._lock.release()
 
     def _next(self, inbox: deque[Output]) -> Output:
         """The next output for one caller. Whoever waits makes a step for all: callers may be threads or take turns."""
         with self._lock:
+            self._forget()
             while not inbox:
                 if not self.engine.busy:
                     raise RuntimeError("the engine has nothing to do, and an answer is missing")
                 for output in self.engine.step():
                     self._inboxes[output.request_id].append(output)
             return inbox.popleft()
+
+    def _forget(self) -> None:
+        """Aborts what nobody waits for any more; the caller holds the lock."""
+        while self._left:
+            id = self._left.popleft()
+            self._inboxes.pop(id, None)
+            self.engine.abort(id)
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

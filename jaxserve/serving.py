@@ -41,6 +41,7 @@ class Serving(Protocol):
     def step(self) -> list[Output]:
         """Advances every running request, and returns what has come; it may be a step that gives nothing yet.
 
-        Each answer's last output, and no other, has a `finish_reason`.
+        Each answer's last output, and no other, has a `finish_reason`. Raises what went wrong in it, and RuntimeError
+        ever after: answers that were open then are lost.
         """
         ...

@@ -135,6 +135,22 @@ def test_what_is_asked_for_is_what_it_was_when_it_was_asked_for(make_engine):
     assert len(said) == 4 and set(said) <= {5, 6}
 
 
+def test_after_a_step_that_failed_halfway_the_engine_says_so_and_why(make_engine, monkeypatch):
+    engine = make_engine()
+    engine.add(Request("x", (1, 2), greedy(4)))
+
+    def fail(plan):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine, "_launch", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        engine.step()
+    for again in (engine.step, lambda: engine.add(Request("y", (1, 2), greedy(4)))):
+        with pytest.raises(RuntimeError, match="the engine has failed in an earlier step") as error:
+            again()
+        assert isinstance(error.value.__cause__, MemoryError)
+
+
 def test_an_id_is_refused_as_long_as_its_request_is_not_answered(make_engine):
     engine = make_engine()
     engine.add(Request("x", (5, 7), greedy(2)))

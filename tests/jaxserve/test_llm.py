@@ -142,6 +142,21 @@ def test_a_checkpoint_without_a_tokenizer_says_so():
         LLM(GOLDENS / "qwen3")
 
 
+def test_a_stream_that_ends_in_the_middle_of_a_step_does_not_wait_for_its_end(llm, monkeypatch):
+    """The garbage collector may do that, in the thread that is in the step."""
+    expected, step = llm.generate(PROMPTS[0], GREEDY), llm.engine.step
+    dropped = llm.stream(PROMPTS[1], SamplingParams(temperature=0, max_tokens=200))
+    next(dropped)
+
+    def close_and_step():
+        dropped.close()
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", close_and_step)
+    assert llm.generate(PROMPTS[0], GREEDY)[0].outputs == expected[0].outputs
+    assert not llm.engine.busy
+
+
 def test_streams_that_take_turns_get_their_own_text(llm):
     alone = [r.outputs[0].text for r in llm.generate(PROMPTS[:2], GREEDY)]
     streams, texts = [llm.stream(p, GREEDY) for p in PROMPTS[:2]], ["", ""]
