@@ -31,7 +31,7 @@ class EngineConfig:
     max_num_seqs: int = 8  # answers that are generated together
     max_model_len: int | None = None  # tokens of a prompt and its answer; None: the model's positions, at most 8192
     max_num_batched_tokens: int = 512  # of a step; longer prompts are cut into chunks
-    max_num_queued: int | None = None  # answers that may wait; None: any number
+    max_num_queued: int | None = None  # answers that may wait besides those that run; None: any number
     enable_prefix_caching: bool = True  # what was computed for a prompt serves others that begin alike
     page_size: int = 64  # tokens
     num_pages: int | None = None  # None: what all answers need at their longest, if `cache_bytes` hold that

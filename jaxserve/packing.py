@@ -21,7 +21,7 @@ class Packer:
 
     def __init__(self, drafts: int, vocabulary: int, slots: int):
         self._drafts, self._words, self._nobody = drafts, -(-vocabulary // 32), slots
-        self._free: dict[tuple[int, int], Masks] = {}  # masks that forbid nothing
+        self._free: dict[tuple[int, int, int], Masks] = {}  # masks that forbid nothing
         self._numbers: dict[int, jax.Array] = {}
         self._rows: tuple[tuple[int, ...], jax.Array] | None = None
 
@@ -57,17 +57,18 @@ class Packer:
         return self._numbers[value]
 
     def _masks(self, rows: Items[Sequence], size: int, guesses: int, guides: Guides) -> Masks:
-        masked_s, bits_sw = np.zeros(size, bool), np.full((size, 1 + guesses, self._words), 0xFFFFFFFF, np.uint32)
-        if not guides:
-            key = (size, 1 + guesses)
-            if key not in self._free:
-                self._free[key] = Masks(*jax.device_put((masked_s, bits_sw)))
-            return self._free[key]
+        shape = (size, 1 + guesses, self._words)
+        if not guides and shape in self._free:
+            return self._free[shape]
+        masked_s, bits_sw = np.zeros(size, bool), np.full(shape, 0xFFFFFFFF, np.uint32)
         for row, s in enumerate(rows):
             if guide := guides.get(s):
                 masked_s[row] = True
                 bits_sw[row] = guide.bits(guide.guesses if guesses else [])
-        return Masks(*jax.device_put((masked_s, bits_sw)))
+        masks = Masks(*jax.device_put((masked_s, bits_sw)))
+        if not guides:
+            self._free[shape] = masks
+        return masks
 
 
 def starts(chunks: Items[Chunk], shape: Tiles) -> list[int]:

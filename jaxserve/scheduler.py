@@ -125,11 +125,16 @@ class Scheduler:
         return iter([*self.running, *self._waiting])
 
     def check(self, count: int) -> None:
-        """Raises RequestError if the queue has no room for `count` sequences more."""
-        room = self.limits.queued
-        if room is not None and len(self._waiting) + count > room:
+        """Raises RequestError if there is no room for `count` sequences more: free slots, and places in the queue."""
+        places, waiting, free = self.limits.queued, len(self._waiting), len(self._slots)
+        if places is None:
+            return
+        if count > places + self.limits.slots:
+            raise RequestError(f"n = {count}: at most {places + self.limits.slots} answers can run or wait at once")
+        if waiting + count > places + free:
             raise RequestError(
-                f"the queue is full: {len(self._waiting)} of {room} places taken, {count} needed; try again later"
+                f"the queue is full: {waiting} answers wait, of {places} that may besides {free} that can start; "
+                f"{count} needed; try again later"
             )
 
     def add(self, sequence: Sequence) -> None:

@@ -162,17 +162,27 @@ def test_an_id_is_refused_as_long_as_its_request_is_not_answered(make_engine):
 
 
 def test_what_the_queue_has_no_room_for_is_refused_and_leaves_nothing(make_engine):
-    engine = make_engine(max_num_queued=2)
-    with pytest.raises(RequestError, match="the queue is full: 0 of 2 places taken, 3 needed; try again later"):
-        engine.add(Request("many", (5, 7), greedy(2, n=3)))
+    engine = make_engine(max_num_queued=1)  # besides four that run
+    with pytest.raises(RequestError, match="n = 6: at most 5 answers can run or wait at once"):
+        engine.add(Request("many", (5, 7), greedy(2, n=6)))
     assert not engine.busy
-    engine.add(Request("fits", (5, 7), greedy(2, n=2)))
-    with pytest.raises(RequestError, match="the queue is full: 2 of 2 places taken, 1 needed"):
-        engine.add(Request("next", (5, 7), greedy(2)))
+    engine.add(Request("most", (5, 7), greedy(2, n=4)))
+    full = "the queue is full: 4 answers wait, of 1 that may besides 4 that can start; 2 needed; try again later"
+    with pytest.raises(RequestError, match=full):
+        engine.add(Request("more", (5, 7), greedy(2, n=2)))
     engine.step()
     engine.add(Request("next", (5, 7), greedy(2)))  # those before it run
-    answered = [output for _ in range(6) for output in engine.step() if output.finish_reason]
-    assert [(output.request_id, output.index) for output in answered] == [("fits", 0), ("fits", 1), ("next", 0)]
+    with pytest.raises(RequestError, match="1 answers wait, of 1 that may besides 0 that can start; 1 needed"):
+        engine.add(Request("last", (5, 7), greedy(2)))
+    answered = [output for _ in range(8) for output in engine.step() if output.finish_reason]
+    assert [(o.request_id, o.index) for o in answered] == [*(("most", i) for i in range(4)), ("next", 0)]
+
+
+def test_an_engine_without_a_queue_serves_what_can_start_at_once(make_engine):
+    engine = make_engine(max_num_queued=0)
+    assert [len(tokens(o)) for o in serve(engine, PROMPTS, greedy(2))] == [2] * 4
+    with pytest.raises(RequestError, match="the queue is full"):
+        serve(engine, [*PROMPTS, [4]], greedy(2))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

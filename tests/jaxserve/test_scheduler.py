@@ -367,14 +367,19 @@ def chunks(plan: Plan) -> list[tuple[int, int]]:
 
 
 def test_a_full_queue_refuses_with_numbers_and_queues_nothing():
-    play = Play(pages=20, queued=3)
-    play.scheduler.check(3)
+    play = Play(pages=20, queued=3)  # besides four that run
+    play.scheduler.check(7)
+    with pytest.raises(RequestError, match="n = 8: at most 7 answers can run or wait at once"):
+        play.scheduler.check(8)
     play.add(Wish((1,), n=2))
-    with pytest.raises(RequestError, match="the queue is full: 2 of 3 places taken, 2 needed; try again later"):
-        play.scheduler.check(2)
+    full = "the queue is full: 2 answers wait, of 3 that may besides 4 that can start; 6 needed; try again later"
+    with pytest.raises(RequestError, match=full):
+        play.scheduler.check(6)
     assert play.scheduler.num_waiting == 2
     play.step()
-    play.scheduler.check(3)
+    play.scheduler.check(5)
+    with pytest.raises(RequestError, match="0 answers wait, of 3 that may besides 2 that can start; 6 needed"):
+        play.scheduler.check(6)
 
 
 def test_a_long_prompt_is_cut_into_chunks_while_rows_go_on():
