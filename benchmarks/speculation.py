@@ -77,7 +77,8 @@ def main(
     jobs = [(prompt, k) for _, prompt, k in itertools.product(range(turns), prompts, keys)]
     for prompt, k in track(jobs, "continuing", console=console):
         runs[k].append(measure(llms[k], prompt, how))
-    table = Table("guesses", "tokens a step", "tokens/s", "speed-up", title=f"{len(prompts)} prompts, {turns} times")
+    columns = "guesses", "tokens a step", "tokens/s", "speed-up (median)"
+    table = Table(*columns, title=f"{len(prompts)} prompts, turns: {turns}")
     for k in keys:
         each = worth(runs[k], runs[0], tokens)
         table.add_row(str(k), f"{each.tokens_a_step:.2f}", f"{each.tokens_a_second:.0f}", f"{each.speedup:.2f}")

@@ -121,7 +121,9 @@ class Engine:
         if len(tokens) >= self.max_model_len:
             raise RequestError(
                 f"prompt has {len(tokens)} tokens; this engine accepts {self.max_model_len - 1} "
-                f"(max_model_len {self.max_model_len} less one). Raise max_model_len, or shorten the prompt."
+                f"(max_model_len {self.max_model_len} less one). "
+                + ("Raise max_model_len, or shorten" if self.max_model_len < self.cfg.max_positions else "Shorten")
+                + " the prompt."
             )
         if not isinstance(request.priority, int):
             raise RequestError(f"priority = {request.priority!r}: it must be a whole number")

@@ -126,7 +126,8 @@ class LLM:
         several = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes) else [prompts]
         if several and all(_is_token(t) for t in several):
             several = [several]
-        each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else params
+        params = SamplingParams() if params is None else params
+        each = params if isinstance(params, Sequence) else [params] * len(several)
         wrong = next((p for p in each if not isinstance(p, SamplingParams)), None)
         if wrong is not None:
             raise RequestError(f"sampling_params must be SamplingParams, or one for each prompt; got {wrong!r}")
@@ -138,8 +139,8 @@ class LLM:
         return [self._request(f"{call}-{i}", *pair) for i, pair in enumerate(zip(several, each, strict=True))]
 
     def _request(self, id: str, prompt: Any, params: SamplingParams) -> Request:
-        if isinstance(prompt, Mapping) and len(prompt) == 1:
-            prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+        if isinstance(prompt, Mapping) and set(prompt) in ({"prompt"}, {"prompt_token_ids"}):
+            (prompt,) = prompt.values()
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
         elif (
