@@ -54,23 +54,28 @@ def measure(llm: LLM, prompt: list[int], how: SamplingParams) -> Run:
     return Run(seconds, counters.decoded_rows - rows, sum(counters.accepted) - held)
 
 
+def beginnings(llm: LLM, tokens: int) -> list[list[int]]:
+    """The first tokens of each held-out module that has so many."""
+    _, held_out = corpus.split(corpus.modules())
+    ids = [llm.tokenizer.encode(module.text)[:tokens] for module in held_out]
+    return [prompt for prompt in ids if len(prompt) == tokens]
+
+
 def main(
     modules: Annotated[int, typer.Option(help="Held-out modules to continue; 0: all.")] = 0,
     begin: Annotated[int, typer.Option(help="Tokens of each that are the prompt.")] = 64,
     tokens: Annotated[int, typer.Option(help="Tokens to continue it by.")] = 128,
     turns: Annotated[int, typer.Option(help="How often.")] = 3,
     entropy: Annotated[float, typer.Option(help="The gate: guesses less sure, in nats, are not verified.")] = 2.0,
-    drafts: Annotated[str, typer.Option(help="Guesses a step, besides none.")] = "1,2",
+    guesses: Annotated[int, typer.Option(min=1, max=8, help="Most guesses a step; none and fewer are run too.")] = 2,
 ) -> None:
     """Prints tokens a step and tokens a second, with and without guesses."""
-    console, keys = Console(stderr=True), [0, *map(int, drafts.split(","))]
+    console, keys = Console(stderr=True), range(1 + guesses)
     enable_cache()
     size = {"max_num_seqs": 1, "max_model_len": begin + tokens, "speculation_entropy": entropy}
     llms = {k: LLM(num_speculative_tokens=k, **size) for k in track(keys, "loading", console=console)}
     how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    _, held_out = corpus.split(corpus.modules())
-    ids = [llms[0].tokenizer.encode(module.text)[:begin] for module in held_out]
-    prompts = [prompt for prompt in ids if len(prompt) == begin][: modules or None]
+    prompts = beginnings(llms[0], begin)[: modules or None]
     for llm in llms.values():
         llm.generate(prompts[0], how)  # whatever is done but once
     runs: dict[int, list[Run]] = {k: [] for k in keys}

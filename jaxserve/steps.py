@@ -66,6 +66,14 @@ class Chosen(NamedTuple):
     wide: Bool[Array, ""]  # whether guesses were verified
 
 
+class Guesses(NamedTuple):
+    """What the MTP module says of some sequences."""
+
+    cache: Any  # the module's own
+    drafts_sk: Int[Array, "s k"]
+    entropy_s: Float[Array, " s"]  # of the first guess, in nats; inf: none was made
+
+
 class Prefilled(NamedTuple):
     """What `prefill` gives: the next token of sequences that are complete, and how probable the known ones were."""
 
@@ -186,23 +194,23 @@ def _follow(
 
     def only_follow(cache):
         cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
-        return cache, jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.full(len(rows_s), jnp.inf)
+        return Guesses(cache, jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.full(len(rows_s), jnp.inf))
 
     given = state.cache[at]
-    cache, drafts_sk, entropy_s = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
+    made = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
     slots = slots._replace(
-        drafts_sk=slots.drafts_sk.at[rows_s].set(drafts_sk, mode="drop"),
-        entropy_s=slots.entropy_s.at[rows_s].set(entropy_s, mode="drop"),
+        drafts_sk=slots.drafts_sk.at[rows_s].set(made.drafts_sk, mode="drop"),
+        entropy_s=slots.entropy_s.at[rows_s].set(made.entropy_s, mode="drop"),
     )
-    return State(slots, (*state.cache[:at], cache, *state.cache[at + 1 :]))
+    return State(slots, (*state.cache[:at], made.cache, *state.cache[at + 1 :]))
 
 
 @jax.named_scope("guess")
 def _guess(
     model: Model, hidden_td: Array, following: Batch, last: Rows, slots: Slots, cache: Any, table: Table, cfg: Config,
     drafts: int,
-) -> tuple[Any, Array, Array]:  # fmt: skip
-    """The module's cache, the guesses `[s, k]`, and the entropy of the first `[s]`.
+) -> Guesses:  # fmt: skip
+    """The tokens after the `last` of each sequence, by the module's account.
 
     For guesses after the first, the module goes on from its own state. A guess is drawn with the noise that the model's
     choice at its place will be drawn with.
@@ -217,7 +225,7 @@ def _guess(
         hidden_td, cache, _ = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted)
         scores.append(logits(model, hidden_td))
         guesses.append(sample(scores[-1], place_s + 1 + i, sampling))
-    return cache, jnp.stack(guesses, axis=1), entropy(scores[0])
+    return Guesses(cache, jnp.stack(guesses, axis=1), entropy(scores[0]))
 
 
 def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:

@@ -1,4 +1,4 @@
-"""Products with weights: `einsum` for activations and a matrix, `times` for one token and one of many matrices."""
+"""Products with weights: `einsum` for activations and a matrix, `matvec` for one token and one of many matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def einsum(spec: str, x: jax.Array, w: Leaf) -> jax.Array:
     return jax.lax.slice_in_dim(_product(left, right, out, rows, w), 0, x.shape[0], axis=out.index("t"))
 
 
-def times(x: jax.Array, w: Leaf) -> jax.Array:
+def matvec(x: jax.Array, w: Leaf) -> jax.Array:
     """A vector `[d]` times a matrix `[f, d]` that is cut out of a larger array: `[f]`.
 
     XLA's CPU backend reads it where it lies, which takes half as long as to copy it for `einsum`, a fifth in 16 bits.

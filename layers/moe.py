@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.config import Config, Experts
 from jaxserve.layers.dims import AnyArray, Leaf
-from jaxserve.layers.linear import einsum, times, two_rows
+from jaxserve.layers.linear import einsum, matvec, two_rows
 from jaxserve.parallel.sharding import Param
 
 
@@ -159,7 +159,7 @@ def _mix_blocks(p: Mlp, x_td: Array, routing: Routing) -> Array:
 
 
 def _mlp_of_one(p: Mlp, x_d: Float[Array, " d"]) -> Float[Array, " d"]:
-    return times(jax.nn.silu(times(x_d, p.w_gate)) * times(x_d, p.w_up), p.w_down)
+    return matvec(jax.nn.silu(matvec(x_d, p.w_gate)) * matvec(x_d, p.w_up), p.w_down)
 
 
 def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count: int) -> tuple[Array, Array]:

@@ -16,7 +16,7 @@ from jaxserve.layers.transformer import Model, Mtp, extend_cache, layer_output
 class Draft(NamedTuple):
     """What an MTP module computes."""
 
-    hidden_td: Float[Array, "t d"]  # normed: for the head, and for the module again to draft one token further
+    hidden_td: Float[Array, "t d"]  # of the wanted rows, normed: for the head, and for the module to draft one further
     cache: Any
     load_e: Int[Array, " e"] | None
 

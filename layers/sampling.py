@@ -75,7 +75,7 @@ def sample(scores_su: Float[Array, "s u"], positions_s: Int[Array, " s"], how: S
 
     Adds Gumbel noise to the logits that the filters keep and takes the largest: a draw from their softmax.
     """
-    greedy_s = largest(scores_su)
+    greedy_s = argmax(scores_su)
     drawn_s = how.temperature_s >= COLDEST
 
     def draw():
@@ -83,14 +83,14 @@ def sample(scores_su: Float[Array, "s u"], positions_s: Int[Array, " s"], how: S
         logits_su = (scores_su - scores_su.max(axis=-1, keepdims=True)) / hot_s[:, None]
         noise_su = jax.vmap(_noise, in_axes=(0, 0, None))(how.seed_s, positions_s, scores_su.shape[1])
         kept_su = logits_su >= least(logits_su, how)[:, None]
-        sampled_s = largest(jnp.where(kept_su, logits_su + noise_su, -jnp.inf))
+        sampled_s = argmax(jnp.where(kept_su, logits_su + noise_su, -jnp.inf))
         return jnp.where(drawn_s, sampled_s, greedy_s)
 
     return jax.lax.cond(jnp.any(drawn_s), draw, lambda: greedy_s)
 
 
-def largest(scores_su: Float[Array, "s u"]) -> Int[Array, " s"]:
-    """Where each row is largest, the first such place. Two passes that XLA vectorizes; of `argmax` it makes a loop."""
+def argmax(scores_su: Float[Array, "s u"]) -> Int[Array, " s"]:
+    """The first place where each row is largest, in two passes that XLA vectorizes; of `jnp.argmax` it makes a loop."""
     u = scores_su.shape[1]
     is_largest_su = scores_su == scores_su.max(axis=-1, keepdims=True)
     return jnp.where(is_largest_su, jnp.arange(u, dtype=jnp.int32), u - 1).min(axis=-1)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.layers.linear import einsum, times
+from jaxserve.layers.linear import einsum, matvec
 from tests.layers.helpers import f64, intermediates, normal
 from tests.tolerances import LAYER, OP, assert_close
 
@@ -55,11 +55,11 @@ def test_other_products_have_no_row_too_many(rng):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_vector_times_a_matrix_out_of_several_equals_the_product_in_float64(rng, dtype):
     x, w_efd = normal(rng, 70, dtype=dtype), normal(rng, 4, 30, 70, dtype=dtype)
-    y = jax.jit(lambda x, w, i: times(x, jax.lax.dynamic_index_in_dim(w, i, keepdims=False)))(x, w_efd, 2)
+    y = jax.jit(lambda x, w, i: matvec(x, jax.lax.dynamic_index_in_dim(w, i, keepdims=False)))(x, w_efd, 2)
     assert y.dtype == dtype
     assert_close(y, f64(w_efd)[2] @ f64(x), OP if dtype == jnp.float32 else 1, dtype)
     ones = jnp.ones(4096, jnp.bfloat16)
-    assert_close(times(ones, ones[None]), [4096.0], 0)  # summed in bfloat16, they would stop at 256
+    assert_close(matvec(ones, ones[None]), [4096.0], 0)  # summed in bfloat16, they would stop at 256
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

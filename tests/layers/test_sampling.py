@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.layers.sampling import FEW, Sampling, allow, entropy, forbid, largest, least, logprobs, penalize, sample
+from jaxserve.layers.sampling import FEW, Sampling, allow, argmax, entropy, forbid, least, logprobs, penalize, sample
 from tests.oracles import reference
 from tests.oracles.generate import penalized
 from tests.tolerances import OP, assert_close
@@ -181,8 +181,8 @@ def test_bit_i_of_word_j_allows_token_32_j_plus_i(vocabulary, key):
 
 def test_of_equal_scores_the_first_is_the_largest_and_any_row_names_a_token():
     rows = jnp.array([[1.0, 3.0, 3.0], [-jnp.inf, -jnp.inf, -jnp.inf], [-jnp.inf, -5.0, -5.0], [1.0, jnp.nan, 2.0]])
-    np.testing.assert_array_equal(largest(rows)[:3], [1, 0, 1])
-    assert 0 <= int(largest(rows)[3]) < 3
+    np.testing.assert_array_equal(argmax(rows)[:3], [1, 0, 1])
+    assert 0 <= int(argmax(rows)[3]) < 3
 
 
 def test_entropy_is_that_of_the_softmax_and_at_most_the_logarithm_of_the_vocabulary(key):
