@@ -16,7 +16,6 @@ from rich.table import Table
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.checkpoints.embedded import corpus
-from jaxserve.compilation import enable_cache
 
 
 class Run(NamedTuple):
@@ -71,7 +70,6 @@ def main(
 ) -> None:
     """Prints tokens a step and tokens a second, with and without guesses."""
     console, keys = Console(stderr=True), range(1 + guesses)
-    enable_cache()
     size = {"max_num_seqs": 1, "max_model_len": begin + tokens, "speculation_entropy": entropy}
     llms = {k: LLM(num_speculative_tokens=k, **size) for k in track(keys, "loading", console=console)}
     how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)

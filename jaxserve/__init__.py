@@ -1,5 +1,6 @@
 """jaxserve: large mixture-of-experts language models, served with JAX."""
 
+import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jaxserve.parallel.errors import CheckpointError, ConfigError, JaxserveError, RequestError, ShardingError
@@ -7,6 +8,7 @@ from jaxserve.request import CompletionOutput, Logprob, Output, RequestOutput, S
 
 if _TYPE_CHECKING:
     from jaxserve.llm import LLM
+    from jaxserve.options import EngineConfig
 
     __version__: str
 
@@ -14,6 +16,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EngineConfig",
     "JaxserveError",
     "LLM",
     "Logprob",
@@ -26,13 +29,13 @@ __all__ = [
     "__version__",
 ]
 
+_WITH_JAX = {"LLM": "jaxserve.llm", "EngineConfig": "jaxserve.options"}
+
 
 def __getattr__(name: str):
-    """Makes `LLM`, and imports JAX, and `__version__` when first used: help and errors shouldn't wait for them."""
-    if name == "LLM":
-        from jaxserve.llm import LLM
-
-        return LLM
+    """Makes what imports JAX, and `__version__`, when first used: help and errors shouldn't wait for them."""
+    if name in _WITH_JAX:
+        return getattr(_importlib.import_module(_WITH_JAX[name]), name)
     if name == "__version__":
         return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -134,20 +134,14 @@ def _text(prompt: str) -> str:
 
 
 def _load(model: str | None, dtype: str, max_model_len: int | None) -> "LLM":
-    """Loads a model for one prompt at a time, with a bar of the bytes in place."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    """Loads a model for one prompt at a time; the bar is there while the modules are imported, too."""
+    from jaxserve.progress import bar
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        from jaxserve.compilation import enable_cache
+    with bar() as progress:
         from jaxserve.llm import LLM
 
-        if obstacle := enable_cache():
-            notes.print(f"warning: compiled programs can't be kept for the next time: {obstacle}", soft_wrap=True)
-        show = lambda what, done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         # One prompt needs few of the programs that many would.
-        return LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, warmup=False, progress=show)
+        return LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, warmup=False, progress=progress)
 
 
 def _stream(prompt: str, llm: "LLM", params: SamplingParams) -> None:

@@ -16,7 +16,7 @@ class Counters:
     prompt_tokens: int = 0  # of answers that have started
     cached_tokens: int = 0  # of those, found in the cache
     generated_tokens: int = 0
-    decoded_rows: int = 0  # a row a sequence and a step
+    decoded_rows: int = 0  # a row an answer and a round: a token of the model's own, and guesses that held
     wide_rows: int = 0  # of those, with guesses verified
     accepted: list[int] = field(default_factory=list)  # guesses that held, by their place
     compiled: int = 0  # programs, before the first step
@@ -29,5 +29,5 @@ class Counters:
 
     @property
     def tokens_per_row(self) -> float:
-        """New tokens of a sequence in a step, 1 without guesses that hold."""
+        """New tokens of an answer in a round, 1 without guesses that hold."""
         return (self.decoded_rows + sum(self.accepted)) / max(1, self.decoded_rows)

@@ -148,10 +148,12 @@ class Engine:
         self._answers[request.id] = {answer.sequence.index: answer for answer in answers}
         for answer in answers:
             self._scheduler.add(answer.sequence)
+        self._note_moment()
 
     def abort(self, request_id: str) -> None:
         for answer in self._answers.pop(request_id, {}).values():
             self._scheduler.finish(answer.sequence)
+        self._note_moment()
 
     def step(self) -> list[Output]:
         self._check_whole()
@@ -306,8 +308,8 @@ class Engine:
             if said.fault and not output.finish_reason:  # what stands after an answer's end is nobody's fault
                 output = self._fail(answer, said.fault, output)
             yield output
-        if rounds is not None:
-            self._note_guesses(found)
+            if rounds is not None:
+                self._note_guesses(said.at[: len(output.token_ids)], found)
 
     def _extend(self, answer: Answer, tokens: list[int], found: list[TokenLogprobs], guesses: list[int]) -> Output:
         s, completion, guide, known = answer
@@ -364,15 +366,17 @@ class Engine:
             found.setdefault(int(other), (float(value), place))
         return {t: Logprob(value, place, self._tokenizer.decode([t], False)) for t, (value, place) in found.items()}
 
-    def _note_guesses(self, found: Reading) -> None:
-        counts = found.counts[found.counts > 0]
-        self.counters.decoded_rows += counts.size
-        self.counters.wide_rows += int((found.counts[found.wide] > 0).sum())
-        for place in range(self.drafts):
-            self.counters.accepted[place] += int((counts > place + 1).sum())
+    def _note_guesses(self, kept: list[tuple[int, int, int]], found: Reading) -> None:
+        """Counts the tokens of an answer by where in the step they stood: the first of a round is the model's own."""
+        for turn, _, place in kept:
+            if place:
+                self.counters.accepted[place - 1] += 1
+            else:
+                self.counters.decoded_rows += 1
+                self.counters.wide_rows += int(found.wide[turn])
 
     def _count(self, began: float, launched: float, come: float, idle_since: float) -> None:
-        now, c, s = time.perf_counter(), self.counters, self._scheduler
+        now, c = time.perf_counter(), self.counters
         c.steps += 1
         c.schedule_seconds += launched - began
         c.device_seconds += come - launched
@@ -380,13 +384,18 @@ class Engine:
         c.step_seconds += now - began
         c.exposed_seconds += launched - idle_since
         self._came = come
+        self._note_moment()
+
+    def _note_moment(self) -> None:
+        c, s = self.counters, self._scheduler
         c.waiting, c.running, c.preemptions = s.num_waiting, len(s.running), s.preemptions
         c.prompt_tokens, c.cached_tokens = s.queried, s.hit
         c.pages_used, c.late_compiled = s.pool.used, self._programs.late
 
 
 def _send(result: Any) -> Any:
-    """Starts the way back to the host, which takes time on some devices."""
-    for leaf in jax.tree.leaves(result):
+    """Starts the way back to the host, which takes time on some devices; few want the log-probabilities."""
+    chosen = result.chosen if isinstance(result, Prefilled) else result
+    for leaf in jax.tree.leaves(chosen._replace(report=None)):
         leaf.copy_to_host_async()
     return result

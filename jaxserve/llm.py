@@ -1,10 +1,14 @@
 """The Python API: load a model, continue prompts."""
 
+import difflib
 import itertools
 import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,12 @@ import jax.numpy as jnp
 from jaxserve import options as sizes
 from jaxserve.checkpoints import hf, store
 from jaxserve.checkpoints.hub import locate
+from jaxserve.compilation import enable_cache
 from jaxserve.engine import Engine
 from jaxserve.layers.config import Config
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError
+from jaxserve.progress import Progress, bar
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.serving import Serving
 from jaxserve.tokenizer import Tokenizer
@@ -28,8 +34,6 @@ __all__ = ["LLM"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's `{"prompt": text}` and `{"prompt_token_ids": ids}`."""
 Message = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
-"""Told what goes on ("loading", in bytes; "compiling", in programs), how much of it is done, and how much there is."""
 
 
 class LLM:
@@ -41,7 +45,9 @@ class LLM:
             print(output.outputs[0].text)
 
     `dtype` is that of weights, activations and cache: "float32", "bfloat16", "float16", or "auto": the checkpoint's
-    own, but float32 on CPU, which has no fast 16-bit products. `options` are those of `EngineConfig`.
+    own, but float32 on CPU, which has no fast 16-bit products. `options` are those of `EngineConfig`. Programs are
+    compiled before the first request and kept on disk for the next time, unless JAX's own options for that say
+    otherwise; a bar shows how far it is, or `progress` is told.
     """
 
     def __init__(
@@ -56,7 +62,7 @@ class LLM:
 
         Raises CheckpointError, ConfigError or RequestError that name what is wrong, TypeError for an unknown option.
         """
-        engine_config = EngineConfig(**options)
+        engine_config = _engine_config(options)
         folder = locate(model)
         self.tokenizer = Tokenizer.from_folder(folder)
         raw = hf.read_json(folder)
@@ -64,9 +70,12 @@ class LLM:
         _check_vocabulary(self.tokenizer, announced, folder)
         resolved = resolve_dtype(dtype, raw)
         sizes.check(announced, engine_config, resolved)  # before what takes long
-        cfg, weights = load(folder, resolved, _stage(progress, "loading"))
-        compiling = _stage(progress, "compiling")
-        self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling)
+        if obstacle := enable_cache():
+            warnings.warn(f"compiled programs can't be kept for the next time: {obstacle}", stacklevel=2)
+        with nullcontext(progress) if progress else bar() as tell:
+            cfg, weights = load(folder, resolved, partial(tell, "loading"))
+            compiling = partial(tell, "compiling")
+            self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling)
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._left: deque[str] = deque()  # requests whose callers went away
@@ -76,13 +85,16 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
 
-        `sampling_params` are for all prompts, or one for each. Raises RequestError, and generates nothing, if any can't
-        be served. What fails later has the finish_reason "error", and leaves the other answers as they are.
+        `sampling_params` are for all prompts, or one for each; `priority` too: the lower comes first. Raises
+        RequestError, and generates nothing, if any can't be served. What fails later has the finish_reason "error", and
+        leaves the other answers as they are.
         """
-        requests = self._requests(prompts, sampling_params)
+        requests = self._requests(prompts, sampling_params, priority)
         results = [_empty_result(str(i), request) for i, request in enumerate(requests)]
         for output in self._run(requests):
             _extend(results[int(output.request_id)], output)
@@ -92,12 +104,14 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[Output]:
         """Like `generate`, but yields what each step adds to an answer, as it comes.
 
         An output's `request_id` is the number of its prompt, from "0" on, its `index` that of the answer to it.
         """
-        return self._run(self._requests(prompts, sampling_params))
+        return self._run(self._requests(prompts, sampling_params, priority))
 
     def chat(
         self,
@@ -122,23 +136,18 @@ class LLM:
         )
         return self.generate([prompt], sampling_params)
 
-    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+    def _requests(self, prompts: Any, params: Any, priority: Any) -> list[Request]:
         several = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes) else [prompts]
         if several and all(_is_token(t) for t in several):
             several = [several]
         params = SamplingParams() if params is None else params
-        each = params if isinstance(params, Sequence) else [params] * len(several)
-        wrong = next((p for p in each if not isinstance(p, SamplingParams)), None)
-        if wrong is not None:
-            raise RequestError(f"sampling_params must be SamplingParams, or one for each prompt; got {wrong!r}")
-        if len(each) != len(several):
-            raise RequestError(
-                f"{len(several)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
-            )
+        each = _one_each("sampling_params", SamplingParams, params, len(several))
+        priorities = _one_each("priority", int, priority, len(several))
         call = next(self._calls)
-        return [self._request(f"{call}-{i}", *pair) for i, pair in enumerate(zip(several, each, strict=True))]
+        asked = zip(several, each, priorities, strict=True)
+        return [self._request(f"{call}-{i}", *one) for i, one in enumerate(asked)]
 
-    def _request(self, id: str, prompt: Any, params: SamplingParams) -> Request:
+    def _request(self, id: str, prompt: Any, params: SamplingParams, priority: int) -> Request:
         if isinstance(prompt, Mapping) and set(prompt) in ({"prompt"}, {"prompt_token_ids"}):
             (prompt,) = prompt.values()
         if isinstance(prompt, str):
@@ -154,7 +163,7 @@ class LLM:
                 f"a prompt must be text, token ids, {{'prompt': text}} or {{'prompt_token_ids': ids}}; got {prompt!r}"
             )
         text = prompt if isinstance(prompt, str) else None
-        request = Request(id, tuple(map(int, ids)), params, text)
+        request = Request(id, tuple(map(int, ids)), params, text, priority)
         self.engine.check(request)
         return request
 
@@ -200,8 +209,25 @@ class LLM:
             self.engine.abort(id)
 
 
-def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
+def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
+    known = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise TypeError(f"LLM has no option {name!r}; {hint}")
+    return EngineConfig(**options)
+
+
+def _one_each(name: str, kind: type, given: Any, count: int) -> Sequence[Any]:
+    """What was given for each of so many prompts, or for all."""
+    each = given if isinstance(given, Sequence) else [given] * count
+    wrong = next((value for value in each if not isinstance(value, kind)), None)
+    if wrong is not None:
+        raise RequestError(f"{name} must be {kind.__name__}, or one for each prompt; got {wrong!r}")
+    if len(each) != count:
+        raise RequestError(f"{count} prompts and {len(each)} {name}; give one for all, or one for each")
+    return each
 
 
 def _is_token(value: Any) -> bool:

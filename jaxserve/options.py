@@ -26,21 +26,36 @@ _LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The names are vLLM's where it has one. None of it changes a token that is generated, but the seed."""
+    """The options of an engine, by vLLM's names where it has one. None changes a token that is generated, but the seed.
 
-    max_num_seqs: int = 8  # answers that are generated together
-    max_model_len: int | None = None  # tokens of a prompt and its answer; None: the model's positions, at most 8192
-    max_num_batched_tokens: int = 512  # of a step; longer prompts are cut into chunks
-    max_num_queued: int | None = None  # answers that may wait besides those that run; None: any number
-    enable_prefix_caching: bool = True  # what was computed for a prompt serves others that begin alike
-    page_size: int = 64  # tokens
-    num_pages: int | None = None  # None: what all answers need at their longest, if `cache_bytes` hold that
+    max_num_seqs            answers that are generated together
+    max_model_len           tokens of a prompt and its answer; None: the model's positions, at most 8192
+    max_num_batched_tokens  tokens of a step; longer prompts are cut into chunks
+    max_num_queued          answers that may wait besides those that run; None: any number
+    enable_prefix_caching   what was computed for a prompt serves others that begin alike
+    page_size               tokens of a page of the cache
+    num_pages               None: what all answers need at their longest, if `cache_bytes` hold that
+    cache_bytes             of all pages together, at most
+    num_speculative_tokens  guesses a step; None: 1 if the model has an MTP module, but 0 on CPU
+    speculation_entropy     guesses less sure than this, in nats, are not verified
+    speculation_max_seqs    with more answers in a step, guesses are neither verified nor made
+    warmup                  compile all steps at the start, rather than each when it is first needed
+    seed                    of the seeds of requests that have none
+    """
+
+    max_num_seqs: int = 8
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 512
+    max_num_queued: int | None = None
+    enable_prefix_caching: bool = True
+    page_size: int = 64
+    num_pages: int | None = None
     cache_bytes: int = 4 << 30
-    num_speculative_tokens: int | None = None  # guesses a step; None: 1 if the model has an MTP module, but 0 on CPU
-    speculation_entropy: float = 2.0  # nats; guesses less sure than this are not verified
-    speculation_max_seqs: int = 32  # with more answers in a step, guesses are not verified
-    warmup: bool = True  # compile all steps at the start, rather than each when it is first needed
-    seed: int = 0  # of the seeds of requests that have none
+    num_speculative_tokens: int | None = None
+    speculation_entropy: float = 2.0
+    speculation_max_seqs: int = 32
+    warmup: bool = True
+    seed: int = 0
 
     def __post_init__(self):
         for name, least in _LEAST.items():

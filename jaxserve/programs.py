@@ -1,7 +1,7 @@
 """The few shapes in which the steps are compiled, before the first request."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 Progress = Callable[[int, int], None]
@@ -71,12 +71,15 @@ class Programs:
     def compile(self, shapes: Iterable[Any], progress: Progress | None = None) -> None:
         """Compiles several at once: XLA works while the next is traced."""
         shapes = [shape for shape in shapes if shape not in self._compiled]
+        progress = progress or (lambda done, total: None)
+        futures: dict[Any, Future] = {}
         with ThreadPoolExecutor() as threads:
-            futures = {shape: threads.submit(self._lower(shape).compile) for shape in shapes}
+            for shape in shapes:
+                progress(sum(future.done() for future in futures.values()), len(shapes))
+                futures[shape] = threads.submit(self._lower(shape).compile)
             for done, (shape, future) in enumerate(futures.items(), start=1):
                 self._compiled[shape] = future.result()
-                if progress:
-                    progress(done, len(shapes))
+                progress(done, len(shapes))
 
     def __getitem__(self, shape: Any) -> Any:
         if shape not in self._compiled:

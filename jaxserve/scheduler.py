@@ -31,11 +31,11 @@ class Sequence:
     by_host: bool = False  # the host decides which token may come next: it must have read all before
     whole: bool = False  # no part of the prompt may come from the cache: its scores are asked for
     hit: int = 0  # tokens of the prompt that were in the cache when it first started
+    keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
 
     # What it holds while it runs; a preempted sequence starts again from nothing.
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
-    keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
     computed: int = 0  # known tokens that are in the cache, once all that was launched has run
     published: int = 0  # pages that others can find
     fresh: bool = True  # nothing of it was launched since it has its slot
@@ -144,9 +144,9 @@ class Scheduler:
     def schedule(self, rounds: int = 1) -> Plan:
         """Plans a step, and takes it as launched: what it computes is in the cache for every later one.
 
-        It has as many rounds as are asked for only if nobody waits for its end.
+        It has as many rounds as are asked for only if nobody waits for its end, and nobody is preempted for them.
         """
-        rounds = rounds if self._is_steady() else 1
+        rounds = rounds if self._is_steady() and self._has_room(rounds) else 1
         able = [(s, s.epoch) for s in list(self.running) if self._can_go_on(s) and self._reserve_row(s, rounds)]
         chunks = tuple(self._chunks(len(able)))
         rows = tuple(s for s, epoch in able if s.epoch == epoch)  # a chunk may have preempted some
@@ -185,7 +185,7 @@ class Scheduler:
         self.running.remove(s)
         self.pool.release(s.pages)
         self._slots.append(s.slot)
-        s.slot, s.pages, s.keys, s.caught_up, s.fresh = None, [], [], False, True
+        s.slot, s.pages, s.caught_up, s.fresh = None, [], False, True
         s.computed = s.published = s.least = s.ahead = 0
         s.epoch += 1
 
@@ -197,9 +197,18 @@ class Scheduler:
     def _is_steady(self) -> bool:
         return not self._waiting and all(s.caught_up and not s.by_host for s in self.running)
 
+    def _has_room(self, rounds: int) -> bool:
+        """Whether there are pages for so many rounds of all that run."""
+        missing = (self._needed(s, self._reach(s, rounds)) - len(s.pages) for s in self.running)
+        return sum(max(0, pages) for pages in missing) <= self.pool.available
+
+    def _reach(self, s: Sequence, rounds: int) -> int:
+        """Tokens it can have before the last round begins, wherever the launched ones leave it."""
+        return len(s.tokens) + s.ahead + (rounds - 1) * (1 + self.limits.drafts)
+
     def _reserve_row(self, s: Sequence, rounds: int) -> bool:
-        """Pages for all that a step can write, wherever the launched ones leave the sequence."""
-        return self._reserve(s, len(s.tokens) + s.ahead + (rounds - 1) * (1 + self.limits.drafts))
+        """Gets the pages for all that a step can write."""
+        return self._reserve(s, self._reach(s, rounds))
 
     def _reserve(self, s: Sequence, tokens: int) -> bool:
         """Gets the pages needed for so many tokens, if need be those of sequences that come later.
@@ -254,13 +263,13 @@ class Scheduler:
 
         So it preempts nobody: that could be one whose chunk is in the plan by now.
         """
-        keys = self.pool.keys(s.tokens) if self.limits.share else []
-        found = [] if s.whole else self.pool.find(s.tokens, keys[: (len(s.tokens) - 1) // self.pool.page_size])
+        s.keys = self.pool.keys(s.tokens, s.keys) if self.limits.share else []
+        found = [] if s.whole else self.pool.find(s.tokens, s.keys[: (len(s.tokens) - 1) // self.pool.page_size])
         self.pool.share(found)
         if self._needed(s, len(s.tokens)) - len(found) > self.pool.available:
             self.pool.release(found)
             return False
-        s.slot, s.pages, s.keys, s.published = self._slots.pop(), found, keys, len(found)
+        s.slot, s.pages, s.published = self._slots.pop(), found, len(found)
         s.computed = len(found) * self.pool.page_size
         if not s.epoch:
             s.hit = s.computed

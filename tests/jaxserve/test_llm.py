@@ -73,8 +73,19 @@ def test_a_stop_text_ends_the_answer(llm):
 def test_each_prompt_may_have_its_own_params(llm):
     results = llm.generate(PROMPTS[:2], [SamplingParams(temperature=0, max_tokens=n) for n in (3, 5)])
     assert [len(r.outputs[0].token_ids) for r in results] == [3, 5]
-    with pytest.raises(RequestError, match="2 prompts and 3 SamplingParams"):
+    with pytest.raises(RequestError, match="2 prompts and 3 sampling_params"):
         llm.generate(PROMPTS[:2], [GREEDY] * 3)
+
+
+def test_each_prompt_may_have_its_own_priority_the_lower_comes_first(llm):
+    asked = llm._requests(PROMPTS[:2], GREEDY, [3, -1])
+    assert [request.priority for request in asked] == [3, -1]
+    many = [PROMPTS[0]] * 40  # more than run together
+    order = [int(o.request_id) for o in llm.stream(many, GREEDY, priority=[*range(40, 0, -1)]) if o.finish_reason]
+    assert order[0] > order[-1]
+    for wrong, message in ((1.5, "priority must be int"), ([1], "2 prompts and 1 priority")):
+        with pytest.raises(RequestError, match=message):
+            llm.generate(PROMPTS[:2], GREEDY, priority=wrong)
 
 
 def test_nothing_is_generated_if_one_prompt_can_not_be_served(llm):

@@ -69,8 +69,10 @@ def test_the_least_values_are_accepted():
 
 
 def test_an_unknown_option_is_named(unloaded):
-    with pytest.raises(TypeError, match="max_seqs"):
+    with pytest.raises(TypeError, match="LLM has no option 'max_seqs'; did you mean max_num_seqs?"):
         LLM(max_seqs=4)
+    with pytest.raises(TypeError, match="LLM has no option 'zzz'; there are max_num_seqs, .*, seed"):
+        LLM(zzz=4)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from jaxserve.engine import Engine
 from jaxserve.request import Request, SamplingParams
+from jaxserve.steps import ROUNDS
 from tests.jaxserve.conftest import engine, loaded
 from tests.oracles.generate import generate
 
@@ -37,13 +38,18 @@ def expected(name: str, sampled: bool) -> list[list[int]]:
 
 
 def run(subject: Engine, requests: list[Request], disturb: bool) -> list[list[int]]:
-    """The tokens of each request; disturbed, one that runs is preempted every third step."""
+    """The tokens of each request; disturbed, one that runs is preempted every third step.
+
+    Of the launches that may have several rounds, every other has.
+    """
     answers: dict[str, list[int]] = {request.id: [] for request in requests}
+    subject._rounds = itertools.cycle((ROUNDS, 1)).__next__
     for request in requests:
         subject.add(request)
     scheduler = subject._scheduler
     for count in itertools.count():
         if not subject.busy:
+            del subject._rounds
             return list(answers.values())
         assert count < 2000
         if disturb and count % 3 == 2 and scheduler.running:
@@ -65,15 +71,17 @@ def run(subject: Engine, requests: list[Request], disturb: bool) -> list[list[in
         for which in (("embedded", 0), ("embedded", 1), ("embedded", 2), ("qwen3", 0), ("deepseek_v2_lite", 0))
     ],
 )
-def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, together, preempted):
+def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, together, preempted, monkeypatch):
     subject = engine(name, drafts)
     scheduler = subject._scheduler
     scheduler.limits = scheduler.limits._replace(tokens=16 if chunked else 128)
     params = SamplingParams(max_tokens=NEW, ignore_eos=True, **(SAMPLED if sampled else GREEDY))
     requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts(name))]
-    before = scheduler.preemptions
     if hit:
         run(subject, requests, False)
+    launched, launch = [], subject._launch
+    monkeypatch.setattr(subject, "_launch", lambda plan: launched.append(plan) or launch(plan))
+    before = scheduler.preemptions, scheduler.hit, subject.counters.wide_rows
     if together:
         if not hit:
             scheduler.pool.clear()
@@ -86,5 +94,12 @@ def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, tog
                 scheduler.pool.clear()
             found += run(subject, [requests[i]], preempted)
     assert found == wanted
-    assert (scheduler.preemptions > before) == preempted
+    # The case has been what its name says.
+    assert (scheduler.preemptions > before[0]) == preempted
+    assert scheduler.hit - before[1] >= 96 * hit  # 32 of 33 tokens and 64 of 80 of those that run alone
+    assert (subject.counters.wide_rows > before[2]) == (drafts > 0)
+    assert {plan.rounds for plan in launched} == {1, ROUNDS}
+    chunks = [chunk for plan in launched for chunk in plan.chunks]
+    assert max(chunk.size for chunk in chunks) <= 16 or not chunked
+    assert any(not chunk.first for chunk in chunks) or not chunked or hit  # a hit leaves less than one to compute
     assert scheduler.pool.used == 0

@@ -201,8 +201,11 @@ class Play:
         before = {s: s.epoch for s in self.scheduler.running}
         unread = {(result.sequence, result.epoch) for result in self.ongoing}
         steady = not self.scheduler.num_waiting and all(s.caught_up and not s.by_host for s in before)
+        preempted, pool = self.scheduler.preemptions, self.scheduler.pool
+        ample = sum(-(-s.limit // pool.page_size) for s in before) <= pool.available
         plan = self.scheduler.schedule(rounds)
-        assert plan.rounds == (rounds if steady else 1)
+        assert plan.rounds == (rounds if steady and ample else plan.rounds)
+        assert plan.rounds == 1 or (plan.rounds == rounds and steady and self.scheduler.preemptions == preempted)
         check_plan(plan, self.scheduler, unread)
         check_order(plan, self.scheduler, before)
         check_progress(plan, self.scheduler)
@@ -490,6 +493,16 @@ def test_there_is_one_round_while_anybody_waits_for_its_end():
         rounds.append((play.scheduler.num_waiting, play.step(8).rounds))
     assert {count for waiting, count in rounds if waiting} == {1}
     assert 8 in {count for _, count in rounds}
+
+
+def test_nobody_is_preempted_for_rounds_that_one_round_at_a_time_would_not_need():
+    play = Play(pages=7, share=False)  # two answers of 10 tokens in pages of 4
+    for _ in range(2):
+        play.add(Wish((1, 2, 3), answer=3, limit=18))
+    rounds = [play.step(8).rounds for _ in range(4)]
+    assert set(rounds) == {1}
+    play.finish()
+    assert play.scheduler.preemptions == 0
 
 
 def test_one_that_the_host_guides_holds_the_rounds_to_one_and_is_read_before_it_goes_on():

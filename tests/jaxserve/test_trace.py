@@ -3,16 +3,20 @@
 import os
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxserve.checkpoints import hf
 from jaxserve.engine import Engine
+from jaxserve.layers.transformer import model_params
+from jaxserve.options import EngineConfig
 from jaxserve.pages import PagePool
+from jaxserve.parallel.sharding import initialize
 from jaxserve.request import Output, Request, SamplingParams
-from tests.jaxserve.conftest import SIZE
+from tests.jaxserve.conftest import GOLDENS, SIZE, word_tokenizer
 
 REQUESTS = int(os.environ.get("REQUESTS", 500))  # REQUESTS=5000 make pytest ARGS=tests/jaxserve/test_trace.py
 VOCABULARY = 97
@@ -133,15 +137,21 @@ def check_answer(request: Request, outputs: list[Output]) -> None:
         assert len(outputs[0].prompt_logprobs or ()) == len(request.prompt_token_ids)
 
 
-@pytest.fixture(scope="module")
-def engine(make_engine) -> Engine:
+def make_engine(name: str, drafts: int) -> Engine:
     """All is compiled. Of its eight pages five are handed out: so it is the size of other tests, and has too few."""
-    engine = make_engine("qwen3", warmup=True)
-    engine._scheduler.pool = PagePool(5, engine.options.page_size)
+    cfg, model = hf.load(GOLDENS / name)
+    if drafts:  # by a module of random weights
+        cfg = replace(cfg, mtp_layers=1)
+        model = model._replace(mtp=initialize(model_params(cfg).mtp, jax.random.key(0)))
+    size = SIZE | {"warmup": True, "num_speculative_tokens": drafts, "speculation_entropy": 10.0}
+    engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(**size))
+    engine._scheduler.pool = PagePool(5, engine.options.page_size, lookahead=drafts)
     return engine
 
 
-def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(engine):
+@pytest.mark.parametrize(("name", "drafts"), [("qwen3", 0), ("deepseek_v3", 1)])
+def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(name, drafts):
+    engine = make_engine(name, drafts)
     client = Client(engine, rng := random.Random(1))
     with watch_compilations() as events:
         while client.asked < REQUESTS or client.open:
@@ -161,6 +171,8 @@ def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(engi
     assert counters.preemptions > 20
     assert counters.cached_tokens > 0
     assert client.aborted > 20
+    assert counters.wide_rows >= 1000 * drafts
+    assert sum(counters.accepted) >= 10 * drafts
 
 
 def test_compilations_are_noticed():
