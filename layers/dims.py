@@ -37,6 +37,7 @@ DIMS = {
     "x": "physical expert slots",
     "k": "experts chosen per token",
     "m": "replicas of an expert",
+    "i": "rows of an exchange's buffer: tokens of all ranks, for one's experts",
     "f": "feed-forward width",
     "p": "pages",
     "b": "tokens per page",

@@ -1,0 +1,163 @@
+"""The exchange of tokens between the devices that share the experts, from inside a `shard_map`.
+
+FusedDispatch and FusedCombine of CloudMatrix-Infer (arXiv:2506.12708, section 4.2.1) in collectives: a token goes to
+the devices of its experts in one all-to-all, and what these make of it comes back in another.
+
+Buffers are static: of each device, a block for every other, with room for all that the device could have to send there.
+So nothing is dropped and nothing compiled anew, whatever the routing; no counts are sent ahead. The place in a buffer
+says where a message comes from and where its answer goes, so a message says only which expert it is for.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.parallel.errors import ShardingError
+from jaxserve.parallel.qarray import QArray, dequantize, quantize_rows
+
+
+class Exchange(NamedTuple):
+    """Who exchanges, and how. Static: part of a program."""
+
+    axes: tuple[str, ...]  # of the mesh, the slow one first: their product are the ranks
+    payload: Literal["int8", "float"] = "float"  # int8: quantized before it is sent, answered in bfloat16
+    implementation: Literal["flat", "hierarchical"] = "flat"
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        size = 1
+        for axis in self.axes:
+            size *= jax.lax.axis_size(axis)
+        return size
+
+    @property
+    def rank(self) -> Int[Array, ""]:
+        """Which of them this device is."""
+        return jax.lax.axis_index(self.axes)
+
+
+class Received(NamedTuple):
+    """What a device has to work on: a row for every place of its buffer, most of them empty."""
+
+    rows_id: Float[Array, "i d"]
+    slots_i: Int[Array, " i"]  # which of the device's experts; empty rows: one more than the last
+
+
+class Handle(NamedTuple):
+    """Where a device has sent its tokens."""
+
+    row_tk: Int[Array, "t k"]  # of its buffer; one more than the last: nowhere
+    capacity: int  # rows a rank
+
+
+def capacity(tokens: int, per_token: int, slots_per_rank: int) -> int:
+    """Messages that a device can have for another: no token has more for one device than this has experts."""
+    return tokens * min(per_token, slots_per_rank)
+
+
+def message_bytes(width: int, payload: str, itemsize: int = 2) -> int:
+    """Bytes of a token on its way to an expert: values, scale if they are quantized, and the expert's number."""
+    return width + 8 if payload == "int8" else width * itemsize + 4
+
+
+def buffer_bytes(ranks: int, tokens: int, per_token: int, slots_per_rank: int, message: int) -> int:
+    """Bytes of a device's buffer (arXiv:2506.12708, eq. 1 and 2)."""
+    return ranks * capacity(tokens, per_token, slots_per_rank) * message
+
+
+def dispatch(
+    x_td: Float[Array, "t d"], slots_tk: Int[Array, "t k"], slots_per_rank: int, how: Exchange
+) -> tuple[Received, Handle]:
+    """Sends each token to the devices that have its experts.
+
+    `slots_tk` are physical: rank r has those from `r * slots_per_rank` on; numbers beyond the last are none, and no
+    token has one twice.
+    """
+    (t, k), ranks = slots_tk.shape, how.size
+    room = capacity(t, k, slots_per_rank)
+    rank_tk = jnp.minimum(slots_tk // slots_per_rank, ranks)
+    place_tk, _ = rank_in_group(rank_tk.reshape(-1), ranks)
+    row_tk = jnp.where(rank_tk < ranks, rank_tk * room + place_tk.reshape(t, k), ranks * room)
+    fill = lambda values, nothing: jnp.full(ranks * room, nothing).at[row_tk].set(values, mode="drop")  # noqa: E731
+    tokens = fill(jnp.broadcast_to(jnp.arange(t)[:, None], (t, k)), t)
+    slots = fill(slots_tk % slots_per_rank, slots_per_rank)
+    messages = jnp.take(_payload(x_td, how), tokens, axis=0, mode="fill", fill_value=0)
+    sent = jnp.concatenate([messages, _bytes(slots[:, None])], axis=1)
+    came = exchange(sent.reshape(ranks, room, -1), how).reshape(ranks * room, -1)
+    rows, numbers = jnp.split(came, [came.shape[1] - 4], axis=1)
+    return Received(_open(rows, x_td, how), _values(numbers, jnp.int32)[:, 0]), Handle(row_tk, room)
+
+
+def combine(
+    y_id: Float[Array, "i d"], weights_tk: Float[Array, "t k"], handle: Handle, how: Exchange
+) -> Float[Array, "t d"]:
+    """Sends what the experts made of each row back, and sums it by its weights."""
+    ranks, dtype = how.size, y_id.dtype
+    y_id = y_id.astype(jnp.bfloat16) if how.payload == "int8" else y_id
+    came = exchange(_bits(y_id).reshape(ranks, handle.capacity, -1), how).reshape(ranks * handle.capacity, -1)
+    back_id = jax.lax.bitcast_convert_type(came, y_id.dtype).astype(dtype)
+    y_tkd = jnp.take(back_id, handle.row_tk, axis=0, mode="fill", fill_value=0)
+    return jnp.einsum("tkd,tk->td", y_tkd, weights_tk.astype(dtype))
+
+
+def exchange(buffer: Array, how: Exchange) -> Array:
+    """Gives each rank its block of every other's buffer: `[ranks, …]`, by destination, becomes by source.
+
+    "hierarchical" goes to the right die of the own node first, then to the right node: more and smaller groups.
+    """
+    if how.implementation == "flat" or len(how.axes) == 1:
+        return jax.lax.all_to_all(buffer, how.axes, split_axis=0, concat_axis=0, tiled=True)
+    if how.implementation != "hierarchical":
+        raise NotImplementedError(f"implementation {how.implementation!r} of exchange; there are: flat, hierarchical")
+    sizes = [jax.lax.axis_size(axis) for axis in how.axes]
+    blocks = buffer.reshape(*sizes, *buffer.shape[1:])
+    for place in reversed(range(len(sizes))):
+        blocks = jax.lax.all_to_all(blocks, how.axes[place], split_axis=place, concat_axis=place, tiled=True)
+    return blocks.reshape(buffer.shape)
+
+
+def rank_in_group(group_i: Int[Array, " i"], groups: int) -> tuple[Int[Array, " i"], Int[Array, " g"]]:
+    """How many members of its group stand before each, and how many each group has. Group `groups` is none."""
+    order = jnp.argsort(group_i, stable=True)
+    place = jnp.zeros_like(group_i).at[order].set(jnp.arange(group_i.size, dtype=group_i.dtype))
+    count_g = jnp.zeros(groups, group_i.dtype).at[group_i].add(1, mode="drop")
+    first = jnp.pad(jnp.cumsum(count_g, dtype=count_g.dtype), (1, 0))
+    return place - first[group_i], count_g
+
+
+def _payload(x_td: Array, how: Exchange) -> Array:
+    """A token's part of a message, in bytes."""
+    if how.payload == "float":
+        return _bytes(x_td)
+    if how.payload != "int8":
+        raise ShardingError(f"payload {how.payload!r} of an exchange; there are int8 and float")
+    return jnp.concatenate([_bytes(part) for part in quantize_rows(x_td)], axis=1)
+
+
+def _open(rows: Array, like: Array, how: Exchange) -> Array:
+    """What `_payload` has packed."""
+    if how.payload == "float":
+        return _values(rows, like.dtype)
+    codes, scale = jnp.split(rows, [like.shape[1]], axis=1)
+    return dequantize(QArray(_values(codes, jnp.int8), _values(scale, jnp.float32)), like.dtype)
+
+
+def _bytes(x: Array) -> Array:
+    """`[t, n]` as `[t, bytes]`: the message is one array, and no backend widens it."""
+    as_bytes = jax.lax.bitcast_convert_type(x, jnp.uint8)
+    return as_bytes.reshape(x.shape[0], -1)
+
+
+def _values(x: Array, dtype: Any) -> Array:
+    """What `_bytes` was made of."""
+    size = jnp.dtype(dtype).itemsize
+    grouped = x.reshape(x.shape[0], -1, size) if size > 1 else x
+    return jax.lax.bitcast_convert_type(grouped, dtype)
+
+
+def _bits(x: Array) -> Array:
+    """16-bit values as integers: XLA's CPU backend would send them as float32."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x

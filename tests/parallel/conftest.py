@@ -1,0 +1,44 @@
+"""Meshes of the eight emulated devices, and a look at compiled programs."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from jaxserve.parallel.mesh import make_mesh
+
+SHAPES = [(1, 8), (2, 4), (4, 2)]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def mesh(request: pytest.FixtureRequest) -> Mesh:
+    return make_mesh(*request.param)
+
+
+class Collective(NamedTuple):
+    """One of a compiled program's."""
+
+    kind: str
+    dtype: str
+    values: int  # of a device's result
+
+
+def collectives(compiled: jax.stages.Compiled) -> list[Collective]:
+    """All in the text of a compiled program, in order."""
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute|ragged-all-to-all|collective-broadcast"
+    found = []
+    for line in (compiled.as_text() or "").splitlines():
+        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            parts = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            values = sum(math.prod(map(int, filter(None, dims.split(",")))) for _, dims in parts)
+            found.append(Collective(match[2], parts[0][0], values))
+    return found
+
+
+def kinds(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """How many collectives of each kind."""
+    return dict(Counter(one.kind for one in collectives(compiled)))
