@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve import options as sizes
 from jaxserve.completion import Completion
@@ -18,16 +18,17 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.sampling import Logprobs
 from jaxserve.layers.transformer import Model, cache_params
 from jaxserve.options import EngineConfig
-from jaxserve.packing import Packer, starts
+from jaxserve.packing import Packer, Spot, row_numbers, spots
 from jaxserve.pages import PagePool
 from jaxserve.parallel.errors import RequestError
-from jaxserve.parallel.sharding import zeros
+from jaxserve.parallel.sharding import Devices, zeros
 from jaxserve.programs import Programs, Progress, Shapes, Tiles
 from jaxserve.reading import Reading
 from jaxserve.request import Logprob, Output, Request, TokenLogprobs
 from jaxserve.scheduler import Chunk, Limits, Plan, Scheduler, Sequence
 from jaxserve.serving import Memory
 from jaxserve.slots import NONE_ALLOWED, NOT_FINITE, empty, mark
+from jaxserve.spmd import lower
 from jaxserve.steps import ROUNDS, Chosen, Gate, Prefilled, State, decode, prefill
 from jaxserve.table import OWN_ENDS, SlotTable
 from jaxserve.tokenizer import Tokenizer
@@ -50,12 +51,20 @@ class Answer(NamedTuple):
     known: list[TokenLogprobs | None]  # of the prompt's tokens, as far as they have come
 
 
-class Launched(NamedTuple):
-    """A step on its way. A sequence's part counts if the sequence is still in the epoch it was launched in."""
+class Row(NamedTuple):
+    """A sequence's part in a step. It counts if the sequence is still in the epoch it was launched in."""
 
-    chunks: tuple[tuple[Chunk, int], ...]
+    sequence: Sequence
+    epoch: int
+    number: int
+
+
+class Launched(NamedTuple):
+    """A step on its way."""
+
+    chunks: tuple[tuple[Spot, int], ...]  # with the epoch
     prefilled: Prefilled | None
-    rows: tuple[tuple[Sequence, int], ...]
+    rows: tuple[Row, ...]
     chosen: Chosen | None
     rounds: int
 
@@ -67,7 +76,10 @@ class Launched(NamedTuple):
 
 
 class Engine:
-    """Serves requests on one device; `Serving` says what its methods promise."""
+    """Serves requests on one device, or on the ranks of a mesh; `Serving` says what its methods promise.
+
+    Each rank has its own sequences, with their slots and pages, and some of the experts; all take part in every step.
+    """
 
     def __init__(
         self,
@@ -76,24 +88,29 @@ class Engine:
         tokenizer: Tokenizer,
         options: EngineConfig | None = None,
         progress: Progress | None = None,
+        mesh: Mesh | None = None,
     ):
-        """Takes the weights over, makes the cache, and compiles the steps; `progress` is told how far that is."""
+        """Takes the weights over, makes the cache, and compiles the steps; `progress` is told how far that is.
+
+        On a mesh the weights lie already as `parallel.sharding.DECODE` says, see `layers.spread`.
+        """
         self.cfg, self.options = cfg, (options := options or EngineConfig())
         self.max_model_len, self.drafts = sizes.model_len(cfg, options), sizes.drafts(cfg, options)
-        self._model, self._tokenizer = jax.device_put(model, jax.devices()[0]), tokenizer
+        self._devices, self._tokenizer = Devices(mesh), tokenizer
+        self._model = model if mesh else jax.device_put(model, jax.devices()[0])
         self._eos_ids = frozenset([*cfg.eos_ids, *tokenizer.eos_ids])
         self._guides = Guides(tokenizer, cfg.vocab_size, sorted(self._eos_ids))
         self._seeds = np.random.default_rng(options.seed)
         self._shapes = Shapes.of(options.max_num_batched_tokens, options.max_num_seqs)
         pages = sizes.num_pages(cfg, options, model.embed.dtype)
-        pool = PagePool(pages, options.page_size, lookahead=min(1, self.drafts))
-        self._scheduler = Scheduler(pool, self._limits())
-        self._table = SlotTable(options.max_num_seqs, -(-self.max_model_len // options.page_size), self._eos_ids)
-        self._packer = Packer(self.drafts, cfg.vocab_size, options.max_num_seqs)
-        cache = zeros(cache_params(cfg, pages, options.page_size, model.embed.dtype))
-        self._state = State(empty(options.max_num_seqs, self.drafts, cfg.vocab_size), cache)
+        make_pool = lambda: PagePool(pages, options.page_size, lookahead=min(1, self.drafts))  # noqa: E731
+        self._schedulers = [Scheduler(make_pool(), self._limits()) for _ in range(self._devices.count)]
+        slots, columns = options.max_num_seqs, -(-self.max_model_len // options.page_size)
+        self._table = SlotTable(slots, columns, self._eos_ids, self._devices)
+        self._packer = Packer(self.drafts, cfg.vocab_size, slots, self._devices)
+        self._state = self._empty(pages)
         most = min(options.speculation_max_seqs, options.max_num_seqs)
-        self._gate = Gate(jnp.float32(options.speculation_entropy), jnp.int32(most))
+        self._gate = Gate(*self._devices.same((np.float32(options.speculation_entropy), np.int32(most))))
         self._answers: dict[str, dict[int, Answer]] = {}
         self._arrivals = 0
         self._ongoing: Launched | None = None
@@ -103,7 +120,9 @@ class Engine:
         self._failure: Exception | None = None
         if options.warmup:
             self._programs.compile([*self._shapes.prefill, *self._shapes.decode, mark], progress)
-        self.counters = Counters(pages=pages, accepted=[0] * self.drafts, compiled=len(self._programs))
+        self.counters = Counters(
+            pages=pages * self._devices.count, accepted=[0] * self.drafts, compiled=len(self._programs)
+        )
 
     @property
     def memory(self) -> Memory:
@@ -143,16 +162,16 @@ class Engine:
         self.check(request)
         if request.id in self._answers:
             raise RequestError(f"request id {request.id!r} is taken by a request that is not answered yet")
-        self._scheduler.check(request.params.n)
-        answers = [self._new(request, index) for index in range(request.params.n)]
+        rank = self._place(request)
+        answers = [self._new(request, index, rank) for index in range(request.params.n)]
         self._answers[request.id] = {answer.sequence.index: answer for answer in answers}
         for answer in answers:
-            self._scheduler.add(answer.sequence)
+            self._schedulers[rank].add(answer.sequence)
         self._note_moment()
 
     def abort(self, request_id: str) -> None:
         for answer in self._answers.pop(request_id, {}).values():
-            self._scheduler.finish(answer.sequence)
+            self._schedulers[answer.sequence.rank].finish(answer.sequence)
         self._note_moment()
 
     def step(self) -> list[Output]:
@@ -170,7 +189,7 @@ class Engine:
 
     def _step(self) -> list[Output]:
         clock = [time.perf_counter()]
-        ongoing, self._ongoing = self._ongoing, self._launch(self._scheduler.schedule(self._rounds()))
+        ongoing, self._ongoing = self._ongoing, self._launch(self._plan())
         idle = ongoing is None or ongoing.last.is_ready()
         clock.append(time.perf_counter())
         if ongoing:
@@ -184,6 +203,26 @@ class Engine:
         self._count(*clock, idle_since=(self._came if ongoing else clock[0]) if idle else clock[1])
         return outputs
 
+    def _empty(self, pages: int) -> State:
+        """The state of all ranks, so many pages on each."""
+        slots, pages = self.options.max_num_seqs * self._devices.count, pages * self._devices.count
+        cache = cache_params(self.cfg, pages, self.options.page_size, self._model.embed.dtype)
+        return self._devices.make(lambda: State(empty(slots, self.drafts, self.cfg.vocab_size), zeros(cache)))
+
+    def _place(self, request: Request) -> int:
+        """The rank for a request: of those that have room for its answers, the one with the fewest pages spoken for.
+
+        Raises RequestError if there is none.
+        """
+        refused = []
+        for rank in sorted(range(self._devices.count), key=lambda rank: self._schedulers[rank].reserved):
+            try:
+                self._schedulers[rank].check(request.params.n)
+                return rank
+            except RequestError as error:
+                refused.append(error)
+        raise refused[0]
+
     def _limits(self) -> Limits:
         o = self.options
         return Limits(
@@ -195,7 +234,7 @@ class Engine:
             share=o.enable_prefix_caching,
         )
 
-    def _new(self, request: Request, index: int) -> Answer:
+    def _new(self, request: Request, index: int, rank: int) -> Answer:
         p, prompt = request.params, request.prompt_token_ids
         limit = min(self.max_model_len, len(prompt) + (p.max_tokens or self.max_model_len))
         seed = p.seed if p.seed is not None else int(self._seeds.integers(2**32))
@@ -207,6 +246,7 @@ class Engine:
             limit=limit,
             arrival=self._arrivals,
             tokens=list(prompt),
+            rank=rank,
             by_host=guide is not None,
             whole=p.prompt_logprobs is not None and index == 0,
         )
@@ -218,28 +258,40 @@ class Engine:
 
     def _lower(self, shape: Any) -> Any:
         """Traces the program of a shape, or `mark`, which has but one."""
+        mesh = self._devices.mesh
         if shape is mark:
-            return mark.lower(self._state.slots, *self._marks(0, [], [], None))
-        table, static = self._table.on_device(), {"cfg": self.cfg, "drafts": self.drafts}
+            return lower(mark, mesh, self._state.slots, *self._marks(None, [], [], None))
+        given, static = (self._model, self._state, self._table.on_device()), {"cfg": self.cfg, "drafts": self.drafts}
         if isinstance(shape, Tiles):
-            return prefill.lower(self._model, self._state, table, *self._packer.chunks([], shape, {}), **static)
-        return decode.lower(
-            self._model, self._state, table, *self._packer.rows([], shape, {}), self._gate, jnp.int32(1), **static
-        )
+            return lower(prefill, mesh, *given, *self._packer.chunks([], shape, {}), **static)
+        rows = self._packer.rows({}, shape, {})
+        return lower(decode, mesh, *given, *rows, self._gate, self._packer.number(1), **static)
 
-    def _launch(self, plan: Plan) -> Launched | None:
-        if not (plan.chunks or plan.rows):
+    def _plan(self) -> list[Plan]:
+        """What each rank does in the next step; all do as many rounds."""
+        rounds = self._rounds()
+        rounds = rounds if all(scheduler.allows(rounds) for scheduler in self._schedulers) else 1
+        return [scheduler.schedule(rounds) for scheduler in self._schedulers]
+
+    def _launch(self, plans: list[Plan]) -> Launched | None:
+        chunks, rows = [c for plan in plans for c in plan.chunks], [s for plan in plans for s in plan.rows]
+        if not (chunks or rows):
             return None
-        for chunk in plan.chunks:
+        for chunk in chunks:
             if chunk.first:
                 self._seat(chunk.sequence)
-        for s in (*(chunk.sequence for chunk in plan.chunks), *plan.rows):
+        for s in (*(chunk.sequence for chunk in chunks), *rows):
             self._table.pages(s)
-        guides = self._guides_of([*(c.sequence for c in plan.chunks if c.completes), *plan.rows])
-        prefilled = self._prefill(plan.chunks, guides) if plan.chunks else None
-        chosen = self._decode(plan, guides) if plan.rows else None
-        chunks = tuple((chunk, chunk.sequence.epoch) for chunk in plan.chunks)
-        return Launched(chunks, prefilled, tuple((s, s.epoch) for s in plan.rows), chosen, plan.rounds)
+        guides = self._guides_of([*(c.sequence for c in chunks if c.completes), *rows])
+        packed, prefilled = self._prefill([plan.chunks for plan in plans], guides) if chunks else ((), None)
+        numbers, chosen = self._decode([plan.rows for plan in plans], plans[0].rounds, guides) if rows else ({}, None)
+        return Launched(
+            tuple((spot, spot.chunk.sequence.epoch) for spot in packed),
+            prefilled,
+            tuple(Row(s, s.epoch, number) for number, s in numbers.items()),
+            chosen,
+            plans[0].rounds,
+        )
 
     def _seat(self, s: Sequence) -> None:
         """Tells the device of a sequence that has got a slot."""
@@ -248,33 +300,41 @@ class Engine:
         self._table.start(s, biased=bias_u is not None)
         if bias_u is None and not p.penalizes:
             return
-        marks = self._marks(s.slot or 0, s.tokens[: s.num_prompt], s.tokens[s.num_prompt :], bias_u)
+        marks = self._marks(s, s.tokens[: s.num_prompt], s.tokens[s.num_prompt :], bias_u)
         self._state = self._state._replace(slots=self._programs[mark](self._state.slots, *marks))
 
-    def _marks(self, slot: int, prompt: list[int], said: list[int], bias_u: np.ndarray | None) -> Any:
+    def _marks(self, s: Sequence | None, prompt: list[int], said: list[int], bias_u: np.ndarray | None) -> Any:
         size = self.cfg.vocab_size
+        slot_r = np.full(self._devices.count, self.options.max_num_seqs, np.int32)  # none
+        if s is not None:
+            slot_r[s.rank] = s.slot
         counts_u = np.bincount(said, minlength=size).astype(np.int32)
         prompt_u = np.bincount(prompt, minlength=size) > 0
-        return jax.device_put(
-            (np.int32(slot), counts_u, prompt_u, np.zeros(size, np.float32) if bias_u is None else bias_u)
-        )
+        bias_u = np.zeros(size, np.float32) if bias_u is None else bias_u
+        return self._devices.split(slot_r), *self._devices.same((counts_u, prompt_u, bias_u))
 
     def _guides_of(self, sequences: Iterable[Sequence]) -> dict[Sequence, Guide]:
         found = ((s, self._answers[s.request.id][s.index].guide) for s in sequences if s.by_host)
         return {s: guide for s, guide in found if guide is not None}
 
-    def _prefill(self, chunks: tuple[Chunk, ...], guides: dict[Sequence, Guide]) -> Prefilled:
-        shape = self._shapes.for_chunks(chunk.size for chunk in chunks)
-        pack, masks = self._packer.chunks(chunks, shape, guides)
+    def _prefill(
+        self, chunks_r: list[tuple[Chunk, ...]], guides: dict[Sequence, Guide]
+    ) -> tuple[list[Spot], Prefilled]:
+        shape = self._shapes.for_chunks([[chunk.size for chunk in chunks] for chunks in chunks_r])
+        packed = list(spots(chunks_r, shape))
+        pack, masks = self._packer.chunks(packed, shape, guides)
         result, self._state = self._programs[shape](self._model, self._state, self._table.on_device(), pack, masks)
-        return _send(result)
+        return packed, _send(result)
 
-    def _decode(self, plan: Plan, guides: dict[Sequence, Guide]) -> Chosen:
-        shape = self._shapes.for_rows(len(plan.rows))
-        rows_s, masks = self._packer.rows(plan.rows, shape, guides)
-        given = (self._table.on_device(), rows_s, masks, self._gate, self._packer.number(plan.rounds))
+    def _decode(
+        self, rows_r: list[tuple[Sequence, ...]], rounds: int, guides: dict[Sequence, Guide]
+    ) -> tuple[dict[int, Sequence], Chosen]:
+        shape = self._shapes.for_rows(max(map(len, rows_r)))
+        numbers = row_numbers(rows_r, shape)
+        rows_s, masks = self._packer.rows(numbers, shape, guides)
+        given = (self._table.on_device(), rows_s, masks, self._gate, self._packer.number(rounds))
         result, self._state = self._programs[shape](self._model, self._state, *given)
-        return _send(result)
+        return numbers, _send(result)
 
     def _rounds(self) -> int:
         """As many as take about as long as people and new requests may wait."""
@@ -285,15 +345,15 @@ class Engine:
     def _read(self, step: Launched) -> Iterable[Output]:
         if step.prefilled is not None:
             self._read_known(step.chunks, step.prefilled.known)
-            complete = [(chunk.sequence, epoch) for chunk, epoch in step.chunks if chunk.completes]
+            complete = [Row(s.chunk.sequence, epoch, s.row) for s, epoch in step.chunks if s.row is not None]
             yield from self._read_rows(complete, step.prefilled.chosen, None)
         if step.chosen is not None:
             yield from self._read_rows(step.rows, step.chosen, step.rounds)
 
-    def _read_rows(self, rows: Iterable[tuple[Sequence, int]], chosen: Chosen, rounds: int | None) -> Iterable[Output]:
+    def _read_rows(self, rows: Iterable[Row], chosen: Chosen, rounds: int | None) -> Iterable[Output]:
         """Adds to each answer what the step chose for it, if it still counts; without rounds, for a completed chunk."""
         found = Reading(chosen, rounds)
-        for row, (s, epoch) in enumerate(rows):
+        for s, epoch, row in rows:
             if s.epoch != epoch:
                 continue
             answer = self._answers[s.request.id][s.index]
@@ -303,7 +363,7 @@ class Engine:
                 scores = [
                     self._logprobs(found.report, at, t, wanted) for at, t in zip(said.at, said.tokens, strict=True)
                 ]
-            self._scheduler.landed(s, rounds)
+            self._schedulers[s.rank].landed(s, rounds)
             output = self._extend(answer, said.tokens, scores, said.guesses)
             if said.fault and not output.finish_reason:  # what stands after an answer's end is nobody's fault
                 output = self._fail(answer, said.fault, output)
@@ -319,7 +379,7 @@ class Engine:
         begins = completion.count == 0
         output = completion.push(tokens, found, over=guide is not None and guide.over)
         self.counters.generated_tokens += len(output.token_ids)
-        self._scheduler.update(s, output.token_ids)
+        self._schedulers[s.rank].update(s, output.token_ids)
         if begins:
             scores = (None, *known) if s.whole else None
             output = replace(output, prompt_logprobs=scores, num_cached_tokens=s.hit)
@@ -331,24 +391,23 @@ class Engine:
     def _fail(self, answer: Answer, fault: int, output: Output) -> Output:
         """Ends an answer with what it had said so far."""
         if fault == NOT_FINITE:
-            self._scheduler.pool.retract(answer.sequence.pages)
+            self._schedulers[answer.sequence.rank].pool.retract(answer.sequence.pages)
         self._finish(answer)
         text = output.text + answer.completion.rest()
         return replace(output, text=text, finish_reason="error", error=FAULTS[fault])
 
     def _finish(self, answer: Answer) -> None:
         s = answer.sequence
-        self._scheduler.finish(s)
+        self._schedulers[s.rank].finish(s)
         answers = self._answers[s.request.id]
         del answers[s.index]
         if not answers:
             del self._answers[s.request.id]
 
-    def _read_known(self, chunks: tuple[tuple[Chunk, int], ...], known: Logprobs) -> None:
+    def _read_known(self, chunks: tuple[tuple[Spot, int], ...], known: Logprobs) -> None:
         """Notes how probable the prompt's tokens were, where that is asked for."""
         report = None
-        begins = starts([chunk for chunk, _ in chunks], self._shapes.for_chunks(c.size for c, _ in chunks))
-        for (chunk, epoch), begin in zip(chunks, begins, strict=True):
+        for (chunk, begin, _), epoch in chunks:
             s, wanted = chunk.sequence, chunk.sequence.request.params.prompt_logprobs
             if s.epoch != epoch or not s.whole or wanted is None:
                 continue
@@ -387,10 +446,11 @@ class Engine:
         self._note_moment()
 
     def _note_moment(self) -> None:
-        c, s = self.counters, self._scheduler
-        c.waiting, c.running, c.preemptions = s.num_waiting, len(s.running), s.preemptions
-        c.prompt_tokens, c.cached_tokens = s.queried, s.hit
-        c.pages_used, c.late_compiled = s.pool.used, self._programs.late
+        c, ranks = self.counters, self._schedulers
+        c.waiting, c.running = sum(s.num_waiting for s in ranks), sum(len(s.running) for s in ranks)
+        c.preemptions, c.pages_used = sum(s.preemptions for s in ranks), sum(s.pool.used for s in ranks)
+        c.prompt_tokens, c.cached_tokens = sum(s.queried for s in ranks), sum(s.hit for s in ranks)
+        c.late_compiled = self._programs.late
 
 
 def _send(result: Any) -> Any:

@@ -44,10 +44,11 @@ class Shapes(NamedTuple):
         """Tokens that a chunk is filled up to a multiple of."""
         return self.prefill[0].width
 
-    def for_chunks(self, sizes: Iterable[int]) -> Tiles:
-        """The smallest that holds chunks of these sizes, none of which shares a tile with another."""
-        sizes = list(sizes)
-        fits = (t for t in self.prefill if sum(-(-size // t.width) for size in sizes) <= t.number)
+    def for_chunks(self, sizes_r: Iterable[Iterable[int]]) -> Tiles:
+        """The smallest that holds each rank's chunks of these sizes, none of which shares a tile with another."""
+        all_sizes = [list(sizes) for sizes in sizes_r]
+        need = lambda width: max(sum(-(-size // width) for size in sizes) for sizes in all_sizes)  # noqa: E731
+        fits = (t for t in self.prefill if need(t.width) <= t.number)
         return min(fits, key=lambda t: (t.tokens, t.number))
 
     def for_rows(self, count: int) -> int:

@@ -30,6 +30,7 @@ class Sequence:
     tokens: list[int]  # those that are known: the prompt, and of the answer what was read
     by_host: bool = False  # the host decides which token may come next: it must have read all before
     whole: bool = False  # no part of the prompt may come from the cache: its scores are asked for
+    rank: int = 0  # whose slots and pages it uses
     hit: int = 0  # tokens of the prompt that were in the cache when it first started
     keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
 
@@ -124,6 +125,11 @@ class Scheduler:
     def __iter__(self) -> Iterator[Sequence]:
         return iter([*self.running, *self._waiting])
 
+    @property
+    def reserved(self) -> int:
+        """Pages that all who run or wait can come to need, what they may share left aside."""
+        return sum(self._needed(s, s.limit) for s in self)
+
     def check(self, count: int) -> None:
         """Raises RequestError if there is no room for `count` sequences more: free slots, and places in the queue."""
         places, waiting, free = self.limits.queued, len(self._waiting), len(self._slots)
@@ -146,7 +152,7 @@ class Scheduler:
 
         It has as many rounds as are asked for only if nobody waits for its end, and nobody is preempted for them.
         """
-        rounds = rounds if self._is_steady() and self._has_room(rounds) else 1
+        rounds = rounds if self.allows(rounds) else 1
         able = [(s, s.epoch) for s in list(self.running) if self._can_go_on(s) and self._reserve_row(s, rounds)]
         chunks = tuple(self._chunks(len(able)))
         rows = tuple(s for s, epoch in able if s.epoch == epoch)  # a chunk may have preempted some
@@ -194,11 +200,10 @@ class Scheduler:
             return False
         return len(s.tokens) + s.least < s.limit
 
-    def _is_steady(self) -> bool:
-        return not self._waiting and all(s.caught_up and not s.by_host for s in self.running)
-
-    def _has_room(self, rounds: int) -> bool:
-        """Whether there are pages for so many rounds of all that run."""
+    def allows(self, rounds: int) -> bool:
+        """Whether a step may have so many rounds: nobody waits for its end, and nobody is preempted for them."""
+        if self._waiting or not all(s.caught_up and not s.by_host for s in self.running):
+            return False
         missing = (self._needed(s, self._reach(s, rounds)) - len(s.pages) for s in self.running)
         return sum(max(0, pages) for pages in missing) <= self.pool.available
 

@@ -72,12 +72,15 @@ def real(rows_s: Array, slots: Slots) -> Bool[Array, " s"]:
 
 
 @partial(jax.jit, donate_argnames="slots")
-def mark(slots: Slots, slot: Int[Array, ""], counts_u: Array, prompt_u: Array, bias_u: Array) -> Slots:
-    """Writes what a sequence starts with, if it is penalized or biased; DONATES the slots. Others read none of it."""
+def mark(slots: Slots, slot_1: Int[Array, " 1"], counts_u: Array, prompt_u: Array, bias_u: Array) -> Slots:
+    """Writes what a sequence starts with, if it is penalized or biased; DONATES the slots. Others read none of it.
+
+    A slot that is none takes nothing.
+    """
     return slots._replace(
-        counts_su=slots.counts_su.at[slot].set(counts_u),
-        prompt_su=slots.prompt_su.at[slot].set(prompt_u),
-        bias_su=slots.bias_su.at[slot].set(bias_u),
+        counts_su=slots.counts_su.at[slot_1].set(counts_u, mode="drop"),
+        prompt_su=slots.prompt_su.at[slot_1].set(prompt_u, mode="drop"),
+        bias_su=slots.bias_su.at[slot_1].set(bias_u, mode="drop"),
     )
 
 
@@ -171,5 +174,6 @@ def empty(count: int, drafts: int, vocabulary: int) -> Slots:
         "prompt_su": jnp.zeros((count, vocabulary), bool),
         "bias_su": jnp.zeros((count, vocabulary)),
     }
-    tokens_s, drafts_sk = jnp.zeros(count, jnp.int32), jnp.zeros((count, drafts), jnp.int32)
+    # Without drafts a column that nobody reads: arrays of no size don't keep their place on a mesh.
+    tokens_s, drafts_sk = jnp.zeros(count, jnp.int32), jnp.zeros((count, max(drafts, 1)), jnp.int32)
     return Slots(tokens_s, jnp.full(count, -1, jnp.int32), drafts_sk, jnp.zeros(count), **marks)

@@ -20,6 +20,7 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import draft, follow
 from jaxserve.layers.sampling import Logprobs, entropy, logprobs, sample
 from jaxserve.layers.transformer import Model, forward, logits
+from jaxserve.parallel.dispatch import Ranks
 from jaxserve.slots import TOP, Choice, Masks, Slots, Table, advance, choose, places, real, report_if, take
 
 ROUNDS = 8
@@ -81,14 +82,15 @@ class Prefilled(NamedTuple):
     known: Logprobs  # for each of `t`, of the token after it; zeros if nobody wants it
 
 
-@partial(jax.jit, static_argnames=("cfg", "drafts"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "drafts", "ranks"), donate_argnames="state")
 def prefill(
-    model: Model, state: State, table: Table, pack: Pack, masks: Masks, *, cfg: Config, drafts: int
-) -> tuple[Prefilled, State]:
+    model: Model, state: State, table: Table, pack: Pack, masks: Masks, *, cfg: Config, drafts: int,
+    ranks: Ranks | None = None,
+) -> tuple[Prefilled, State]:  # fmt: skip
     """Puts chunks of several sequences into the cache; chooses the next token of those that are then complete."""
     slots, rows_s = state.slots, pack.rows_a
     batch = Batch(pack.tokens_t, pack.positions_t, pack.slots_a, table.pages_sp)
-    out = forward(model, batch, state.cache, cfg)
+    out = forward(model, batch, state.cache, cfg, ranks)
     start_s = jnp.where(real(rows_s, slots), take(pack.positions_t, pack.last_a) + 1, -1)
     scores_su = logits(model, take(out.hidden_td, pack.last_a))
     none_sk = jnp.zeros((len(rows_s), 0), jnp.int32)
@@ -98,33 +100,34 @@ def prefill(
     if drafts:
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
         following, last = batch._replace(tokens_t=following_t), Rows(pack.last_a, rows_s)
-        state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts)
+        state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts, ranks)
     chosen = jax.tree.map(lambda column: column[None], _chosen(choice, count_s, state.slots, rows_s, drafts))
     return Prefilled(chosen, _known(model, out.hidden_td, pack)), state
 
 
-@partial(jax.jit, static_argnames=("cfg", "drafts"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("cfg", "drafts", "ranks"), donate_argnames="state")
 def decode(
     model: Model, state: State, table: Table, rows_s: Int[Array, " s"], masks: Masks, gate: Gate,
-    rounds: Int[Array, ""], *, cfg: Config, drafts: int,
+    rounds: Int[Array, ""], *, cfg: Config, drafts: int, ranks: Ranks | None = None,
 ) -> tuple[Chosen, State]:  # fmt: skip
     """Lets the sequences of some slots go on for some rounds, by a token each, or by more where guesses hold.
 
-    Ends early when all have ended. The masks hold for the first round: rows that have one can go no further.
+    Ends early when all have ended, but on ranks, which would have to ask each other. The masks hold for the first
+    round: rows that have one can go no further.
     """
 
     def verify(width: int, state: State) -> tuple[Chosen, State]:
-        return _verify(model, state, table, rows_s, masks, gate, cfg, drafts, width)
+        return _verify(model, state, table, rows_s, masks, gate, cfg, drafts, width, ranks)
 
     def once(state: State) -> tuple[Chosen, State]:
         if not drafts:
             return verify(1, state)
-        wide = _pays(state.slots, rows_s, gate)
+        wide = _pays(state.slots, rows_s, gate, ranks)
         return jax.lax.cond(wide, partial(verify, 1 + drafts), partial(verify, 1), state)
 
     def unfinished(carry):
         done, _, state = carry
-        return (done < rounds) & _active(state.slots, rows_s).any()
+        return (done < rounds) & (True if ranks else _active(state.slots, rows_s).any())
 
     def go_on(carry):
         done, all_chosen, state = carry
@@ -137,10 +140,10 @@ def decode(
     return all_chosen, state
 
 
-@partial(jax.jit, static_argnames=("cfg", "drafts", "width"))  # traced once for `eval_shape` and the loop
+@partial(jax.jit, static_argnames=("cfg", "drafts", "width", "ranks"))  # traced once for `eval_shape` and the loop
 def _verify(
     model: Model, state: State, table: Table, rows_s: Array, masks: Masks, gate: Gate, cfg: Config, drafts: int,
-    width: int,
+    width: int, ranks: Ranks | None,
 ) -> tuple[Chosen, State]:  # fmt: skip
     """Computes `width` tokens a row, its last and guesses; of the choices, those count that rest on right guesses."""
     slots = state.slots
@@ -149,7 +152,7 @@ def _verify(
     guesses_sk = take(slots.drafts_sk, rows_s)[:, : width - 1]
     tokens_sw = jnp.concatenate([take(slots.tokens_s, rows_s)[:, None], guesses_sk], axis=1)
     batch = Batch(tokens_sw.reshape(-1), places_sw.reshape(-1), rows_s, table.pages_sp)
-    out = forward(model, batch, state.cache, cfg)
+    out = forward(model, batch, state.cache, cfg, ranks)
     choice = choose(logits(model, out.hidden_td), start_s + 1, guesses_sk, rows_s, slots, table, masks)
     right_sk = (choice.tokens_sw[:, :-1] == guesses_sk) & (places_sw[:, 1:] >= 0)
     count_s = jnp.where(places_sw[:, 0] >= 0, 1 + jnp.cumprod(right_sk, axis=1, dtype=jnp.int32).sum(axis=1), 0)
@@ -160,20 +163,24 @@ def _verify(
             tokens_t=choice.tokens_sw.reshape(-1), positions_t=jnp.where(kept_sw, places_sw, -1).reshape(-1)
         )
         last = Rows(jnp.arange(len(rows_s)) * width + jnp.maximum(count_s - 1, 0), rows_s)
-        idle = _crowded(state.slots, rows_s, gate) if width == 1 else None
-        state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts, idle)
+        idle = _crowded(state.slots, rows_s, gate, ranks) if width == 1 else None
+        state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts, ranks, idle)
     return _chosen(choice, count_s, state.slots, rows_s, drafts), state
 
 
-def _pays(slots: Slots, rows_s: Array, gate: Gate) -> Bool[Array, ""]:
-    """Whether verifying is worth its cost."""
+def _pays(slots: Slots, rows_s: Array, gate: Gate, ranks: Ranks | None) -> Bool[Array, ""]:
+    """Whether verifying is worth its cost. Ranks must agree without asking each other: they look at the gate alone."""
+    if ranks:
+        return ~_crowded(slots, rows_s, gate, ranks)
     active_s = _active(slots, rows_s)
     sure_s = active_s & (take(slots.entropy_s, rows_s) <= gate.entropy)
-    return ~_crowded(slots, rows_s, gate) & (2 * sure_s.sum() >= active_s.sum())
+    return ~_crowded(slots, rows_s, gate, ranks) & (2 * sure_s.sum() >= active_s.sum())
 
 
-def _crowded(slots: Slots, rows_s: Array, gate: Gate) -> Bool[Array, ""]:
-    """Whether so many answers go on that guesses would not be verified."""
+def _crowded(slots: Slots, rows_s: Array, gate: Gate, ranks: Ranks | None) -> Bool[Array, ""]:
+    """Whether so many answers go on that guesses would not be verified; of ranks, as many as each has rows for."""
+    if ranks:
+        return rows_s.shape[0] > gate.rows
     return _active(slots, rows_s).sum() > gate.rows
 
 
@@ -184,13 +191,13 @@ def _active(slots: Slots, rows_s: Array) -> Bool[Array, " s"]:
 
 def _follow(
     model: Model, hidden_td: Array, following: Batch, last: Rows, state: State, table: Table, cfg: Config, drafts: int,
-    idle: Array | None = None,
+    ranks: Ranks | None, idle: Array | None = None,
 ) -> State:  # fmt: skip
     """Tells the MTP module which token has followed each place; unless `idle`, it guesses those after the `last`."""
     rows_s, slots, at = last.slots_s, state.slots, cfg.layers
 
     def guess(cache):
-        return _guess(model, hidden_td, following, last, slots, cache, table, cfg, drafts)
+        return _guess(model, hidden_td, following, last, slots, cache, table, cfg, drafts, ranks)
 
     def only_follow(cache):
         cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
@@ -208,7 +215,7 @@ def _follow(
 @jax.named_scope("guess")
 def _guess(
     model: Model, hidden_td: Array, following: Batch, last: Rows, slots: Slots, cache: Any, table: Table, cfg: Config,
-    drafts: int,
+    drafts: int, ranks: Ranks | None,
 ) -> Guesses:  # fmt: skip
     """The tokens after the `last` of each sequence, by the module's account.
 
@@ -222,7 +229,7 @@ def _guess(
         if i:
             at_s = places(jnp.where(place_s < 0, -1, place_s + i - 1), take(table.limits_s, rows_s), 1)[:, 0]
             following, wanted = Batch(guesses[-1], at_s, rows_s, table.pages_sp), None
-        hidden_td, cache, _ = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted)
+        hidden_td, cache, _ = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted, ranks)
         scores.append(logits(model, hidden_td))
         guesses.append(sample(scores[-1], place_s + 1 + i, sampling))
     return Guesses(cache, jnp.stack(guesses, axis=1), entropy(scores[0]))

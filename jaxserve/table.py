@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxserve.completion import ends
 from jaxserve.layers.sampling import Sampling
+from jaxserve.parallel.sharding import Devices
 from jaxserve.scheduler import Sequence
 from jaxserve.slots import Table
 
@@ -15,10 +16,12 @@ OWN_ENDS = 16
 
 
 class SlotTable:
-    """NumPy columns, one entry a slot; `on_device` is their copy there."""
+    """NumPy columns, one entry a slot, those of one rank after another's; `on_device` is their copy there."""
 
-    def __init__(self, slots: int, pages: int, eos_ids: frozenset[int]):
-        self._eos_ids = eos_ids
+    def __init__(self, slots: int, pages: int, eos_ids: frozenset[int], devices: Devices | None = None):
+        """`slots` are those of a rank."""
+        self._eos_ids, self._devices, self._slots = eos_ids, devices or Devices(), slots
+        slots *= self._devices.count
         self._pages_sp: Any = np.zeros((slots, pages), np.int32)
         self._held = [0] * slots  # pages that are written
         self._ends_sk: Any = np.full((slots, len(eos_ids) + OWN_ENDS), -1, np.int32)
@@ -27,7 +30,7 @@ class SlotTable:
 
     def start(self, s: Sequence, biased: bool) -> None:
         """Writes what is true of a sequence as long as it runs."""
-        p, slot = s.request.params, _slot(s)
+        p, slot = s.request.params, self._slot(s)
         values = {
             "temperature_s": p.temperature,
             "top_k_s": max(p.top_k, 0),
@@ -52,7 +55,7 @@ class SlotTable:
 
     def pages(self, s: Sequence) -> None:
         """Writes the pages that a sequence has got since."""
-        slot = _slot(s)
+        slot = self._slot(s)
         if len(s.pages) != self._held[slot]:
             self._pages_sp[slot, : len(s.pages)] = s.pages
             self._held[slot] = len(s.pages)
@@ -64,9 +67,13 @@ class SlotTable:
             sampling = Sampling(**{name: self._columns[name] for name in Sampling._fields})
             others = {name: column for name, column in self._columns.items() if name not in Sampling._fields}
             table = Table(self._pages_sp, sampling=sampling, ends_sk=self._ends_sk, **others)
-            self._sent = jax.device_put(jax.tree.map(np.copy, table))
+            self._sent = self._devices.split(jax.tree.map(np.copy, table))
         assert self._sent is not None
         return self._sent
+
+    def _slot(self, s: Sequence) -> int:
+        assert s.slot is not None
+        return s.rank * self._slots + s.slot
 
 
 _DTYPES: dict[str, Any] = {
@@ -75,8 +82,3 @@ _DTYPES: dict[str, Any] = {
     **dict.fromkeys(("penalized_s", "biased_s", "reported_s"), bool),
     "seed_s": np.uint32,
 }
-
-
-def _slot(s: Sequence) -> int:
-    assert s.slot is not None
-    return s.slot

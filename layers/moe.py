@@ -9,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.layers.config import Config, Experts
 from jaxserve.layers.dims import AnyArray, Leaf
 from jaxserve.layers.linear import einsum, matvec, two_rows
+from jaxserve.parallel.dispatch import Ranks, combine, dispatch, rank_in_group
+from jaxserve.parallel.placement import Routes
 from jaxserve.parallel.sharding import Param
 
 
@@ -27,6 +29,7 @@ class Moe(NamedTuple):
     bias: Leaf | None  # e         gate.e_score_correction_bias: selects, and never weighs (float32)
     experts: Mlp  # e f d, e d f   experts.{e}
     shared: Mlp | None  # f d      shared_experts: visited by every token
+    routes: Routes | None = None  # which of `experts` are which, where these are spread over ranks: x f d, x d f
 
 
 class Routing(NamedTuple):
@@ -36,19 +39,38 @@ class Routing(NamedTuple):
     weights_tk: Float[Array, "t k"]  # float32
 
 
+class Spread(NamedTuple):
+    """Room for experts on all ranks together."""
+
+    slots: int  # x
+    replicas: int  # m, of an expert at most
+
+    @classmethod
+    def of(cls, cfg: Config, slots: int, ranks: int) -> "Spread":
+        """With as many replicas of an expert as there can be, but one a rank."""
+        return cls(slots, max(1, min(ranks, slots - (cfg.experts.count if cfg.experts else 0) + 1)))
+
+    def routes(self, experts: int) -> Routes:
+        """The tree of `Param` of a mixture's routes."""
+        return Routes(Param((experts, self.replicas), (None, None), jnp.int32), Param((experts,), (None,), jnp.int32))
+
+
 def mlp_params(width: int, hidden: int, dtype) -> Mlp:
     up = Param((hidden, width), ("f", "d"), dtype, std=width**-0.5)
     return Mlp(up, up, Param((width, hidden), ("d", "f"), dtype, std=hidden**-0.5))
 
 
-def moe_params(cfg: Config, moe: Experts, dtype) -> Moe:
+def moe_params(cfg: Config, moe: Experts, dtype, spread: Spread | None = None) -> Moe:
+    """The tree of `Param` of a mixture; over ranks, if they have so much room."""
     e, f, d = moe.count, moe.width, cfg.width
-    up = Param((e, f, d), ("e", "f", "d"), dtype, std=d**-0.5)
+    x, axis = (spread.slots, "x") if spread else (e, "e")
+    up = Param((x, f, d), (axis, "f", "d"), dtype, std=d**-0.5)
     return Moe(
         w_router=Param((e, d), ("e", "d"), dtype, std=d**-0.5),
         bias=Param((e,), ("e",), jnp.float32) if moe.router == "sigmoid" else None,
-        experts=Mlp(up, up, Param((e, d, f), ("e", "d", "f"), dtype, std=f**-0.5)),
+        experts=Mlp(up, up, Param((x, d, f), (axis, "d", "f"), dtype, std=f**-0.5)),
         shared=mlp_params(d, moe.shared_width, dtype) if moe.shared_width else None,
+        routes=spread.routes(e) if spread else None,
     )
 
 
@@ -60,16 +82,20 @@ def mlp(p: Mlp, x_td: Float[Array, "t d"]) -> Float[Array, "t d"]:
 
 @jax.named_scope("moe")
 def moe(
-    p: Moe, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Experts
+    p: Moe, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Experts, ranks: Ranks | None = None
 ) -> tuple[Float[Array, "t d"], Int[Array, " e"]]:
     """The weighted sum of the chosen experts, plus the shared one, and how many tokens each expert got.
 
-    Tokens that are not valid visit no routed expert.
+    Tokens that are not valid visit no routed expert. With `ranks`, inside a `shard_map`, each has its own tokens, and
+    those of the experts that `p.routes` says.
     """
     routing = route(p, x_td, cfg)
     routing = routing._replace(experts_tk=jnp.where(valid_t[:, None], routing.experts_tk, cfg.count))
     load_e = jnp.zeros(cfg.count, jnp.int32).at[routing.experts_tk].add(1, mode="drop")
-    y_td = mix_experts(p.experts, x_td, routing)
+    if ranks is None or p.routes is None:
+        y_td = mix_experts(p.experts, x_td, routing)
+    else:
+        y_td = mix_spread_experts(p.experts, x_td, routing, p.routes, ranks)
     return (y_td if p.shared is None else y_td + mlp(p.shared, x_td)), load_e
 
 
@@ -116,6 +142,27 @@ def mix_experts(
     if implementation not in plans:
         raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
     return plans[implementation](p, x_td, routing)
+
+
+def mix_spread_experts(
+    p: Mlp, x_td: Float[Array, "t d"], routing: Routing, routes: Routes, ranks: Ranks
+) -> Float[Array, "t d"]:
+    """`mix_experts` where each rank has some of them: tokens go there and come back."""
+    here = p.w_gate.shape[0]
+    came, handle = dispatch(x_td, physical(routing.experts_tk, routes, ranks), here, ranks)
+    alone_i1 = Routing(came.slots_i[:, None], jnp.ones((len(came.slots_i), 1)))
+    return combine(mix_experts(p, came.rows_id, alone_i1), routing.weights_tk, handle, ranks)
+
+
+def physical(experts_tk: Int[Array, "t k"], routes: Routes, ranks: Ranks) -> Int[Array, "t k"]:
+    """The slot that each token visits of an expert: its replicas take turns, by the token's place in the whole batch.
+
+    A number past all slots for experts that are none.
+    """
+    t, _ = experts_tk.shape
+    place_t1 = (ranks.rank * t + jnp.arange(t))[:, None]
+    turn_tk = place_t1 % jnp.take(routes.count_e, experts_tk, mode="fill", fill_value=1)
+    return routes.slots_em.at[experts_tk, turn_tk].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
 
 
 def _cheaper(t: int, k: int, experts: int) -> str:
@@ -171,10 +218,8 @@ def assign_blocks(experts_tk: Int[Array, "t k"], experts: int, size: int, count:
     flat = experts_tk.reshape(-1)
     if size == 1:
         return jnp.arange(flat.size).reshape(experts_tk.shape), flat
-    load_e = jnp.zeros(experts, jnp.int32).at[flat].add(1, mode="drop")
+    place, load_e = rank_in_group(flat, experts)
     ends_e = jnp.cumsum(-(-load_e // size))
-    order = jnp.argsort(flat, stable=True)
-    rank = jnp.zeros_like(flat).at[order].set(jnp.arange(flat.size, dtype=flat.dtype))
-    row_of_first, rank_of_first = (jnp.pad(column, (1, 0)) for column in (ends_e * size, jnp.cumsum(load_e)))
-    row_tk = (row_of_first[flat] + rank - rank_of_first[flat]).reshape(experts_tk.shape)
+    row_of_first = jnp.pad(ends_e * size, (1, 0))
+    row_tk = (row_of_first[flat] + place).reshape(experts_tk.shape)
     return row_tk, jnp.searchsorted(ends_e, jnp.arange(count), side="right")

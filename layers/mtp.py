@@ -11,6 +11,7 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.transformer import Model, Mtp, extend_cache, layer_output
+from jaxserve.parallel.dispatch import Ranks
 
 
 class Draft(NamedTuple):
@@ -24,7 +25,7 @@ class Draft(NamedTuple):
 @jax.named_scope("draft")
 def draft(
     model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config,
-    wanted: Rows | None = None,
+    wanted: Rows | None = None, ranks: Ranks | None = None,
 ) -> Draft:  # fmt: skip
     """Joins the hidden state at a position with the embedding of the next token; the result predicts the one after.
 
@@ -39,7 +40,7 @@ def draft(
     cache = extend_cache(mtp.layer, x_td, cache, batch, cfg)
     if wanted is not None:
         x_td, batch = jnp.take(x_td, wanted.index_s, axis=0, mode="clip"), pick(batch, wanted)
-    x_td, load_e = layer_output(mtp.layer, x_td, cache, batch, cfg)
+    x_td, load_e = layer_output(mtp.layer, x_td, cache, batch, cfg, ranks)
     return Draft(rms_norm(x_td, mtp.norm, cfg.norm_eps), cache, load_e)
 
 

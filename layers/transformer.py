@@ -13,8 +13,9 @@ from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.mla import Mla, latents, mla, mla_cache, mla_params
-from jaxserve.layers.moe import Mlp, Moe, mlp, mlp_params, moe, moe_params
+from jaxserve.layers.moe import Mlp, Moe, Spread, mlp, mlp_params, moe, moe_params
 from jaxserve.layers.norm import rms_norm
+from jaxserve.parallel.dispatch import Ranks
 from jaxserve.parallel.sharding import Param
 
 
@@ -55,31 +56,32 @@ class Output(NamedTuple):
     load_le: Int[Array, "l e"]  # tokens each expert got, padding left out; one row per mixture layer
 
 
-def model_params(cfg: Config, dtype: Any = jnp.float32) -> Model:
-    """The tree of `Param` that describes the model's weights."""
+def model_params(cfg: Config, dtype: Any = jnp.float32, spread: Spread | None = None) -> Model:
+    """The tree of `Param` that describes the model's weights; their experts over ranks, if they have so much room."""
     embedding = Param((cfg.vocab_size, cfg.width), ("u", "d"), dtype, std=cfg.width**-0.5)
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
     return Model(
         embed=embedding,
-        layers=tuple(_layer_params(cfg, is_moe, dtype) for is_moe in cfg.is_moe),
+        layers=tuple(_layer_params(cfg, is_moe, dtype, spread) for is_moe in cfg.is_moe),
         norm=gain,
         head=None if cfg.tied_embeddings else embedding,
-        mtp=tuple(_mtp_params(cfg, dtype) for _ in range(cfg.mtp_layers)),
+        mtp=tuple(_mtp_params(cfg, dtype, spread) for _ in range(cfg.mtp_layers)),
     )
 
 
-def _layer_params(cfg: Config, is_moe: bool, dtype: Any) -> Layer:
+def _layer_params(cfg: Config, is_moe: bool, dtype: Any, spread: Spread | None) -> Layer:
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
     att, experts = cfg.attention, cfg.experts
     attn = mla_params(cfg, att, dtype) if isinstance(att, LatentAttention) else gqa_params(cfg, att, dtype)
-    ffn = moe_params(cfg, experts, dtype) if is_moe and experts else mlp_params(cfg.width, cfg.dense_width, dtype)
-    return Layer(gain, attn, gain, ffn)
+    if is_moe and experts:
+        return Layer(gain, attn, gain, moe_params(cfg, experts, dtype, spread))
+    return Layer(gain, attn, gain, mlp_params(cfg.width, cfg.dense_width, dtype))
 
 
-def _mtp_params(cfg: Config, dtype: Any) -> Mtp:
+def _mtp_params(cfg: Config, dtype: Any, spread: Spread | None) -> Mtp:
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
     join = Param((cfg.width, 2 * cfg.width), ("d", None), dtype, std=(2 * cfg.width) ** -0.5)
-    return Mtp(gain, gain, join, _layer_params(cfg, cfg.experts is not None, dtype), gain)
+    return Mtp(gain, gain, join, _layer_params(cfg, cfg.experts is not None, dtype, spread), gain)
 
 
 def cache_params(cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
@@ -89,25 +91,28 @@ def cache_params(cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float
     return (layer,) * (cfg.layers + cfg.mtp_layers)
 
 
-def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config) -> Output:
-    """Runs a step's tokens through the layers; the cache gains their entries. MTP layers' caches pass unchanged."""
+def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config, ranks: Ranks | None = None) -> Output:
+    """Runs a step's tokens through the layers; the cache gains their entries. MTP layers' caches pass unchanged.
+
+    With `ranks`, inside a `shard_map`, each has its own batch and cache, and some of the experts.
+    """
     x_td = model.embed[batch.tokens_t]
     caches, loads = list(cache), []
     for i, layer in enumerate(model.layers):
-        x_td, caches[i], load_e = decoder_layer(layer, x_td, caches[i], batch, cfg)
+        x_td, caches[i], load_e = decoder_layer(layer, x_td, caches[i], batch, cfg, ranks)
         if load_e is not None:
             loads.append(load_e)
     load_le = jnp.stack(loads) if loads else jnp.zeros((0, 0), jnp.int32)
     return Output(rms_norm(x_td, model.norm, cfg.norm_eps), tuple(caches), load_le)
 
 
-@partial(jax.jit, static_argnames="cfg")  # traced once for all layers of a kind, in half the time
+@partial(jax.jit, static_argnames=("cfg", "ranks"))  # traced once for all layers of a kind, in half the time
 def decoder_layer(
-    p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
+    p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config, ranks: Ranks | None = None
 ) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:
     """Adds the tokens' entries to the cache, then lets them see it: their new states, the cache and the load."""
     cache = extend_cache(p, x_td, cache, batch, cfg)
-    x_td, load_e = layer_output(p, x_td, cache, batch, cfg)
+    x_td, load_e = layer_output(p, x_td, cache, batch, cfg, ranks)
     return x_td, cache, load_e
 
 
@@ -121,7 +126,7 @@ def extend_cache(p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, 
 
 
 def layer_output(
-    p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config
+    p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config, ranks: Ranks | None = None
 ) -> tuple[Float[Array, "t d"], Int[Array, " e"] | None]:
     """Attention to a cache that has the tokens' own entries, then the feed-forward network.
 
@@ -130,7 +135,7 @@ def layer_output(
     x_td = x_td + _attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg)
     normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
     if isinstance(p.ffn, Moe) and cfg.experts:
-        y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts)
+        y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts, ranks)
         return x_td + y_td, load_e
     return x_td + mlp(cast(Mlp, p.ffn), normed_td), None
 

@@ -14,24 +14,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxserve.parallel.errors import ShardingError
+from jaxserve.parallel.mesh import AXES
 from jaxserve.parallel.qarray import QArray, dequantize, quantize_rows
 
 
-class Exchange(NamedTuple):
-    """Who exchanges, and how. Static: part of a program."""
+class Ranks(NamedTuple):
+    """The devices that share a step, and how they exchange tokens. Static: part of a program."""
 
-    axes: tuple[str, ...]  # of the mesh, the slow one first: their product are the ranks
+    axes: tuple[str, ...] = AXES  # of the mesh, the slow one first
     payload: Literal["int8", "float"] = "float"  # int8: quantized before it is sent, answered in bfloat16
     implementation: Literal["flat", "hierarchical"] = "flat"
 
     @property
     def size(self) -> int:
         """How many ranks there are."""
-        size = 1
-        for axis in self.axes:
-            size *= jax.lax.axis_size(axis)
-        return size
+        return jax.lax.axis_size(self.axes)
 
     @property
     def rank(self) -> Int[Array, ""]:
@@ -69,53 +66,53 @@ def buffer_bytes(ranks: int, tokens: int, per_token: int, slots_per_rank: int, m
 
 
 def dispatch(
-    x_td: Float[Array, "t d"], slots_tk: Int[Array, "t k"], slots_per_rank: int, how: Exchange
+    x_td: Float[Array, "t d"], slots_tk: Int[Array, "t k"], slots_per_rank: int, ranks: Ranks
 ) -> tuple[Received, Handle]:
     """Sends each token to the devices that have its experts.
 
     `slots_tk` are physical: rank r has those from `r * slots_per_rank` on; numbers beyond the last are none, and no
     token has one twice.
     """
-    (t, k), ranks = slots_tk.shape, how.size
+    (t, k), count = slots_tk.shape, ranks.size
     room = capacity(t, k, slots_per_rank)
-    rank_tk = jnp.minimum(slots_tk // slots_per_rank, ranks)
-    place_tk, _ = rank_in_group(rank_tk.reshape(-1), ranks)
-    row_tk = jnp.where(rank_tk < ranks, rank_tk * room + place_tk.reshape(t, k), ranks * room)
-    fill = lambda values, nothing: jnp.full(ranks * room, nothing).at[row_tk].set(values, mode="drop")  # noqa: E731
-    tokens = fill(jnp.broadcast_to(jnp.arange(t)[:, None], (t, k)), t)
-    slots = fill(slots_tk % slots_per_rank, slots_per_rank)
-    messages = jnp.take(_payload(x_td, how), tokens, axis=0, mode="fill", fill_value=0)
-    sent = jnp.concatenate([messages, _bytes(slots[:, None])], axis=1)
-    came = exchange(sent.reshape(ranks, room, -1), how).reshape(ranks * room, -1)
+    rank_tk = jnp.minimum(slots_tk // slots_per_rank, count)
+    place_tk, _ = rank_in_group(rank_tk.reshape(-1), count)
+    row_tk = jnp.where(rank_tk < count, rank_tk * room + place_tk.reshape(t, k), count * room)
+    fill = lambda values, nothing: jnp.full(count * room, nothing).at[row_tk].set(values, mode="drop")  # noqa: E731
+    tokens_i = fill(jnp.broadcast_to(jnp.arange(t)[:, None], (t, k)), t)
+    slots_i = fill(slots_tk % slots_per_rank, slots_per_rank)
+    messages = jnp.take(_payload(x_td, ranks.payload), tokens_i, axis=0, mode="fill", fill_value=0)
+    sent = jnp.concatenate([messages, _bytes(slots_i[:, None])], axis=1)
+    came = exchange(sent.reshape(count, room, -1), ranks).reshape(count * room, -1)
     rows, numbers = jnp.split(came, [came.shape[1] - 4], axis=1)
-    return Received(_open(rows, x_td, how), _values(numbers, jnp.int32)[:, 0]), Handle(row_tk, room)
+    return Received(_open(rows, x_td, ranks.payload), _values(numbers, jnp.int32)[:, 0]), Handle(row_tk, room)
 
 
 def combine(
-    y_id: Float[Array, "i d"], weights_tk: Float[Array, "t k"], handle: Handle, how: Exchange
+    y_id: Float[Array, "i d"], weights_tk: Float[Array, "t k"], handle: Handle, ranks: Ranks
 ) -> Float[Array, "t d"]:
     """Sends what the experts made of each row back, and sums it by its weights."""
-    ranks, dtype = how.size, y_id.dtype
-    y_id = y_id.astype(jnp.bfloat16) if how.payload == "int8" else y_id
-    came = exchange(_bits(y_id).reshape(ranks, handle.capacity, -1), how).reshape(ranks * handle.capacity, -1)
+    dtype, shape = y_id.dtype, (ranks.size, handle.capacity, -1)
+    y_id = y_id.astype(jnp.bfloat16) if ranks.payload == "int8" else y_id
+    came = exchange(_bits(y_id).reshape(shape), ranks).reshape(y_id.shape)
     back_id = jax.lax.bitcast_convert_type(came, y_id.dtype).astype(dtype)
     y_tkd = jnp.take(back_id, handle.row_tk, axis=0, mode="fill", fill_value=0)
     return jnp.einsum("tkd,tk->td", y_tkd, weights_tk.astype(dtype))
 
 
-def exchange(buffer: Array, how: Exchange) -> Array:
+def exchange(buffer: Array, ranks: Ranks) -> Array:
     """Gives each rank its block of every other's buffer: `[ranks, …]`, by destination, becomes by source.
 
     "hierarchical" goes to the right die of the own node first, then to the right node: more and smaller groups.
     """
-    if how.implementation == "flat" or len(how.axes) == 1:
-        return jax.lax.all_to_all(buffer, how.axes, split_axis=0, concat_axis=0, tiled=True)
-    if how.implementation != "hierarchical":
-        raise NotImplementedError(f"implementation {how.implementation!r} of exchange; there are: flat, hierarchical")
-    sizes = [jax.lax.axis_size(axis) for axis in how.axes]
+    if ranks.implementation == "flat" or len(ranks.axes) == 1:
+        return jax.lax.all_to_all(buffer, ranks.axes, split_axis=0, concat_axis=0, tiled=True)
+    if ranks.implementation != "hierarchical":
+        raise NotImplementedError(f"implementation {ranks.implementation!r} of exchange; there are: flat, hierarchical")
+    sizes = [jax.lax.axis_size(axis) for axis in ranks.axes]
     blocks = buffer.reshape(*sizes, *buffer.shape[1:])
     for place in reversed(range(len(sizes))):
-        blocks = jax.lax.all_to_all(blocks, how.axes[place], split_axis=place, concat_axis=place, tiled=True)
+        blocks = jax.lax.all_to_all(blocks, ranks.axes[place], split_axis=place, concat_axis=place, tiled=True)
     return blocks.reshape(buffer.shape)
 
 
@@ -128,18 +125,18 @@ def rank_in_group(group_i: Int[Array, " i"], groups: int) -> tuple[Int[Array, " 
     return place - first[group_i], count_g
 
 
-def _payload(x_td: Array, how: Exchange) -> Array:
+def _payload(x_td: Array, kind: str) -> Array:
     """A token's part of a message, in bytes."""
-    if how.payload == "float":
+    if kind == "float":
         return _bytes(x_td)
-    if how.payload != "int8":
-        raise ShardingError(f"payload {how.payload!r} of an exchange; there are int8 and float")
+    if kind != "int8":
+        raise NotImplementedError(f"payload {kind!r} of dispatch; there are: int8, float")
     return jnp.concatenate([_bytes(part) for part in quantize_rows(x_td)], axis=1)
 
 
-def _open(rows: Array, like: Array, how: Exchange) -> Array:
+def _open(rows: Array, like: Array, kind: str) -> Array:
     """What `_payload` has packed."""
-    if how.payload == "float":
+    if kind == "float":
         return _values(rows, like.dtype)
     codes, scale = jnp.split(rows, [like.shape[1]], axis=1)
     return dequantize(QArray(_values(codes, jnp.int8), _values(scale, jnp.float32)), like.dtype)

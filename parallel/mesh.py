@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxserve.parallel.errors import ShardingError
 
-RANKS = ("node", "die")
+AXES = ("node", "die")
 """The axes of a mesh, the slow one first."""
 
 
@@ -82,4 +82,4 @@ def make_mesh(nodes: int, dies: int) -> Mesh:
             + (f" (on CPU, emulate them: --devices {nodes * dies})" if devices[0].platform == "cpu" else "")
         )
     grid = np.array(devices[: nodes * dies]).reshape(nodes, dies)
-    return Mesh(grid, RANKS, axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))

@@ -5,7 +5,7 @@ memory accounts are each a `jax.tree.map` over it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.parallel.errors import ShardingError
+from jaxserve.parallel.mesh import AXES
 
 Rules = Mapping[str, str | tuple[str, ...]]
 """Mesh axes of each logical axis (a letter of `layers.dims`); an axis that is absent is replicated."""
+
+DECODE: Rules = {"x": AXES, "s": AXES, "p": AXES}
+"""Each rank has experts, and sequences of its own with their pages (arXiv:2506.12708, section 5.1: DP and EP)."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,27 @@ def abstract(params: Any, placement: Any = None) -> Any:
 def zeros(params: Any) -> Any:
     """The tree of arrays of zeros of a tree of `Param`."""
     return jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+
+
+class Devices:
+    """Where the arrays of a step go: to one device, or over the ranks of a mesh."""
+
+    def __init__(self, mesh: Mesh | None = None):
+        self.mesh, self.count = mesh, mesh.size if mesh else 1
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names)) if mesh else None
+        self._same = NamedSharding(mesh, PartitionSpec()) if mesh else None
+
+    def split(self, tree: Any) -> Any:
+        """The first axis of each array over the ranks."""
+        return jax.device_put(tree, self._split)
+
+    def make(self, function: Callable[[], Any]) -> Any:
+        """What the function gives, made where its parts belong: the first axis of each array over the ranks."""
+        return function() if self.mesh is None else jax.jit(function, out_shardings=self._split)()
+
+    def same(self, tree: Any) -> Any:
+        """All of it on each."""
+        return jax.device_put(tree, self._same)
 
 
 def initialize(params: Any, key: jax.Array) -> Any:

@@ -13,7 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.engine import Engine
+from jaxserve.layers.spread import in_order, spread
 from jaxserve.options import EngineConfig
+from jaxserve.parallel.mesh import make_mesh
 from jaxserve.programs import Shapes, Tiles
 from jaxserve.request import Output, Request, SamplingParams
 from jaxserve.tokenizer import Tokenizer
@@ -28,6 +30,8 @@ EMBEDDED_SIZE: dict[str, Any] = SIZE | {"max_num_seqs": 16, "page_size": 16, "sp
 """Of those that serve the embedded model."""
 
 EMBEDDED_SHAPES = Shapes(prefill=(Tiles(2, 8), Tiles(16, 8)), decode=(1, 16))
+MESH_SHAPES = Shapes(prefill=(Tiles(16, 8),), decode=(4,))
+"""Of each rank: all sixteen of a test's answers run, two on each of eight."""
 
 
 def with_few_shapes(engine: Engine, shapes: Shapes | None = None) -> Engine:
@@ -71,11 +75,15 @@ def loaded(name: str):
 
 
 @functools.cache
-def engine(name: str, drafts: int) -> Engine:
-    """Steps of 128 tokens, compiled when they are needed."""
+def engine(name: str, drafts: int, shape: tuple[int, int] | None = None) -> Engine:
+    """Steps of 128 tokens, compiled when they are needed; on one device, or on each of a mesh of this shape."""
     cfg, model, tokenizer, *_ = loaded(name)
     options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=drafts)
-    return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name == "embedded" else None)
+    if shape is None:
+        return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name == "embedded" else None)
+    mesh = make_mesh(*shape)
+    placed = spread(model, cfg, mesh, in_order(cfg, mesh.size))
+    return with_few_shapes(Engine(placed, cfg, tokenizer, options, mesh=mesh), MESH_SHAPES)
 
 
 @pytest.fixture(scope="session")

@@ -199,7 +199,7 @@ def test_an_aborted_request_ends_all_its_answers(make_engine, steps):
     outputs = [output for _ in range(4) for output in engine.step()]
     assert {output.request_id for output in outputs} == {"next"}
     assert not engine.busy
-    scheduler = engine._scheduler
+    scheduler = engine._schedulers[0]
     assert (scheduler.running, scheduler.num_waiting, scheduler.pool.used) == ([], 0, 0)
 
 
@@ -235,7 +235,7 @@ def test_memory_is_that_of_the_weights_and_of_what_steps_keep(make_engine):
     raw = hf.read_json(folder)
     rows = 2 * raw["num_key_value_heads"] * raw["head_dim"] * raw["num_hidden_layers"] * 4  # keys, values, float32
     cache = rows * SIZE["max_num_seqs"] * SIZE["max_model_len"]
-    slots = SIZE["max_num_seqs"] * (3 * 4 + raw["vocab_size"] * (4 + 1 + 4))  # columns, and marks for each token
+    slots = SIZE["max_num_seqs"] * (4 * 4 + raw["vocab_size"] * (4 + 1 + 4))  # columns, and marks for each token
     assert memory.cache == cache + slots
 
 

@@ -243,7 +243,7 @@ def test_a_prompt_may_have_several_answers(tiny):
 
 
 def test_prompts_that_the_queue_has_no_room_for_are_refused_with_those_before_them(tiny, monkeypatch):
-    scheduler = tiny.engine._scheduler
+    scheduler = tiny.engine._schedulers[0]
     slots = scheduler.limits.slots
     monkeypatch.setattr(scheduler, "limits", scheduler.limits._replace(queued=2))
     with pytest.raises(RequestError, match=f"{slots + 2} answers wait, of 2 that may besides {slots} that can start"):

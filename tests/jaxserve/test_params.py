@@ -43,7 +43,7 @@ def engine(name: str) -> Engine:
 def collect(name: str, requests: list[tuple[Any, SamplingParams]], chunk=128, preempt_at=()) -> list[list[Output]]:
     """All outputs of each request. All guesses are verified; before some steps, one that runs is preempted."""
     subject, outputs = engine(name), [[] for _ in requests]
-    scheduler, gate = subject._scheduler, subject._gate
+    scheduler, gate = subject._schedulers[0], subject._gate
     subject._gate = gate._replace(entropy=jnp.float32(jnp.inf))
     scheduler.limits = scheduler.limits._replace(tokens=chunk)
     for i, (prompt, params) in enumerate(requests):
@@ -224,17 +224,17 @@ def test_logprobs_are_the_reference_s_however_the_prompt_is_computed(name, chunk
     how = {"temperature": 0.9, "seed": 4, "max_tokens": COUNT, "ignore_eos": True}
     asked = [(2, None), (0, 3), (None, None), (1, 0)]
     prompts = [LONG, LONG, LONG, LONG[:9]]
-    engine(name)._scheduler.pool.clear()
+    engine(name)._schedulers[0].pool.clear()
     collect(name, [(LONG, SamplingParams(**how))])
     params = [SamplingParams(**how, logprobs=answer, prompt_logprobs=prompt) for answer, prompt in asked]
-    before = engine(name)._scheduler.preemptions
+    before = engine(name)._schedulers[0].preemptions
     found = collect(name, list(zip(prompts, params, strict=True)), chunk, preempt_at)
-    assert (engine(name)._scheduler.preemptions > before) == bool(preempt_at)
+    assert (engine(name)._schedulers[0].preemptions > before) == bool(preempt_at)
     for outputs, prompt, (count, prompt_count) in zip(found, prompts, asked, strict=True):
         if count is not None:
             check_logprobs(name, outputs, prompt, count, prompt_count)
     assert all(o.logprobs == () and o.prompt_logprobs is None for o in found[2])
-    size = engine(name)._scheduler.pool.page_size
+    size = engine(name)._schedulers[0].pool.page_size
     assert [o[0].num_cached_tokens for o in found] == [69 // size * size, 0, 69 // size * size, 0]
     assert tokens(found[0]) == tokens(found[1]) == tokens(found[2])
 
@@ -256,7 +256,7 @@ def test_penalties_and_bias_do_not_change_logprobs():
 
 def test_the_cached_part_of_a_prompt_is_told_with_the_first_output_alone():
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-    engine("deepseek_v3")._scheduler.pool.clear()
+    engine("deepseek_v3")._schedulers[0].pool.clear()
     for expected in (0, 64):
         (outputs,) = collect("deepseek_v3", [(LONG, params)])
         assert [o.num_cached_tokens for o in outputs] == [expected] + [0] * (len(outputs) - 1)

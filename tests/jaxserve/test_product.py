@@ -3,11 +3,15 @@
 import functools
 import itertools
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 
 from jaxserve.engine import Engine
 from jaxserve.request import Request, SamplingParams
+from jaxserve.scheduler import Plan
 from jaxserve.steps import ROUNDS
 from tests.jaxserve.conftest import engine, loaded
 from tests.oracles.generate import generate
@@ -46,17 +50,70 @@ def run(subject: Engine, requests: list[Request], disturb: bool) -> list[list[in
     subject._rounds = itertools.cycle((ROUNDS, 1)).__next__
     for request in requests:
         subject.add(request)
-    scheduler = subject._scheduler
     for count in itertools.count():
         if not subject.busy:
             del subject._rounds
             return list(answers.values())
         assert count < 2000
-        if disturb and count % 3 == 2 and scheduler.running:
-            scheduler.preempt(scheduler.running[count % len(scheduler.running)])
+        running = [(scheduler, s) for scheduler in subject._schedulers for s in scheduler.running]
+        if disturb and count % 3 == 2 and running:
+            scheduler, s = running[count % len(running)]
+            scheduler.preempt(s)
         for output in subject.step():
             assert output.error is None
             answers[output.request_id] += output.token_ids
+
+
+def check(subject: Engine, name: str, sampled: bool, chunked: bool, hit: bool, together: bool, preempted: bool) -> None:
+    """Tokens are the oracle's, and the case has been what its name says."""
+    for scheduler in subject._schedulers:
+        scheduler.limits = scheduler.limits._replace(tokens=16 if chunked else 128)
+    params = SamplingParams(max_tokens=NEW, ignore_eos=True, **(SAMPLED if sampled else GREEDY))
+    requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts(name))]
+    if hit:
+        run(subject, requests, False)
+    before = [sums(subject), subject.counters.wide_rows]
+    found, wanted, launched = [], [], []
+    for some in [range(len(requests))] if together else [[i] for i in ALONE]:
+        if not hit:
+            for scheduler in subject._schedulers:
+                scheduler.pool.clear()
+        with noting_plans(subject, launched):
+            found += run(subject, [requests[i] for i in some], preempted)
+        wanted += [expected(name, sampled)[i] for i in some]
+    assert found == wanted
+    after = sums(subject)
+    assert (after.preemptions > before[0].preemptions) == preempted
+    if len(subject._schedulers) == 1:  # with several, which has seen a prompt depends on what else they have to do
+        assert after.hit - before[0].hit >= 96 * hit  # 32 of 33 tokens and 64 of 80 of those that run alone
+    assert (subject.counters.wide_rows > before[1]) == (subject.drafts > 0)
+    assert {plan.rounds for plan in launched} == {1, ROUNDS}
+    chunks = [chunk for plan in launched for chunk in plan.chunks]
+    assert max(chunk.size for chunk in chunks) <= 16 or not chunked
+    assert any(not chunk.first for chunk in chunks) or not chunked or hit  # a hit leaves less than one to compute
+    assert after.used == 0
+
+
+class Sums(NamedTuple):
+    """Of all ranks."""
+
+    preemptions: int
+    hit: int
+    used: int
+
+
+def sums(subject: Engine) -> Sums:
+    each = [(s.preemptions, s.hit, s.pool.used) for s in subject._schedulers]
+    return Sums(*map(sum, zip(*each, strict=True)))
+
+
+@contextmanager
+def noting_plans(subject: Engine, plans: list[Plan]) -> Iterator[None]:
+    """Adds the plans of all launches to a list."""
+    launch = subject._launch
+    subject._launch = lambda each: plans.extend(each) or launch(each)
+    yield
+    del subject._launch
 
 
 @pytest.mark.parametrize("preempted", [False, True], ids=["undisturbed", "preempted"])
@@ -71,35 +128,26 @@ def run(subject: Engine, requests: list[Request], disturb: bool) -> list[list[in
         for which in (("embedded", 0), ("embedded", 1), ("embedded", 2), ("qwen3", 0), ("deepseek_v2_lite", 0))
     ],
 )
-def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, together, preempted, monkeypatch):
-    subject = engine(name, drafts)
-    scheduler = subject._scheduler
-    scheduler.limits = scheduler.limits._replace(tokens=16 if chunked else 128)
-    params = SamplingParams(max_tokens=NEW, ignore_eos=True, **(SAMPLED if sampled else GREEDY))
-    requests = [Request(str(i), prompt, params) for i, prompt in enumerate(prompts(name))]
-    if hit:
-        run(subject, requests, False)
-    launched, launch = [], subject._launch
-    monkeypatch.setattr(subject, "_launch", lambda plan: launched.append(plan) or launch(plan))
-    before = scheduler.preemptions, scheduler.hit, subject.counters.wide_rows
-    if together:
-        if not hit:
-            scheduler.pool.clear()
-        found = run(subject, requests, preempted)
-        wanted = expected(name, sampled)
-    else:
-        found, wanted = [], [expected(name, sampled)[i] for i in ALONE]
-        for i in ALONE:
-            if not hit:
-                scheduler.pool.clear()
-            found += run(subject, [requests[i]], preempted)
-    assert found == wanted
-    # The case has been what its name says.
-    assert (scheduler.preemptions > before[0]) == preempted
-    assert scheduler.hit - before[1] >= 96 * hit  # 32 of 33 tokens and 64 of 80 of those that run alone
-    assert (subject.counters.wide_rows > before[2]) == (drafts > 0)
-    assert {plan.rounds for plan in launched} == {1, ROUNDS}
-    chunks = [chunk for plan in launched for chunk in plan.chunks]
-    assert max(chunk.size for chunk in chunks) <= 16 or not chunked
-    assert any(not chunk.first for chunk in chunks) or not chunked or hit  # a hit leaves less than one to compute
-    assert scheduler.pool.used == 0
+def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, together, preempted):
+    check(engine(name, drafts), name, sampled, chunked, hit, together, preempted)
+
+
+@pytest.mark.parametrize("preempted", [False, True], ids=["undisturbed", "preempted"])
+@pytest.mark.parametrize("hit", [False, True], ids=["cold", "hit"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("name", "drafts", "shape"),
+    [
+        pytest.param(*which, marks=pytest.mark.xdist_group(which[0]))
+        for which in (
+            ("embedded", 1, (2, 4)),
+            ("deepseek_v2_lite", 0, (1, 8)),
+            ("deepseek_v3", 0, (4, 2)),
+            ("qwen3_moe", 0, (2, 4)),
+        )
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_on_eight_devices_too(name, drafts, shape, sampled, chunked, hit, preempted):
+    check(engine(name, drafts, shape), name, sampled, chunked, hit, True, preempted)

@@ -37,8 +37,8 @@ def make():
         subject = engine("embedded", drafts)
         gates.setdefault(subject, subject._gate)
         subject._gate, subject._rounds = Gate(jnp.float32(nats), jnp.int32(rows)), lambda: 1
-        subject._scheduler.limits = subject._scheduler.limits._replace(tokens=128)
-        subject._scheduler.pool.clear()
+        subject._schedulers[0].limits = subject._schedulers[0].limits._replace(tokens=128)
+        subject._schedulers[0].pool.clear()
         return subject
 
     yield make
@@ -117,7 +117,7 @@ def overwrite(subject, how: str, is_right) -> None:
     """Puts guesses into the slots of the sequences that run: the next tokens, or others."""
     slots, drafts = subject._state.slots, subject.drafts
     drafts_sk = np.array(slots.drafts_sk)
-    for s in subject._scheduler.running:
+    for s in subject._schedulers[0].running:
         place = int(slots.positions_s[s.slot])
         if place >= 0:
             for i in range(drafts):
@@ -190,7 +190,7 @@ def test_with_too_many_rows_no_guess_is_made_and_the_module_follows_all_the_same
     subject, seen = make(1, rows=0), []
 
     def look():
-        for s in subject._scheduler.running:
+        for s in subject._schedulers[0].running:
             slots = subject._state.slots
             place = int(slots.positions_s[s.slot])
             if place >= 0:
@@ -222,7 +222,7 @@ def test_the_first_guess_is_the_module_s_own_after_every_step(make, drafts, hit)
     cached = subject.counters.cached_tokens
 
     def look():
-        for s in subject._scheduler.running:
+        for s in subject._schedulers[0].running:
             place = int(subject._state.slots.positions_s[s.slot])
             if place >= 0:
                 seen.append((place, int(subject._state.slots.drafts_sk[s.slot, 0])))

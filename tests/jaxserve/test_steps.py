@@ -38,12 +38,12 @@ def copied(state: State) -> State:
 def decode_args(subject, slots, rounds: int = 1):
     """What a decode launch of some slots is given, after the state."""
     rows = jax.device_put(np.array(slots, np.int32))
-    masks = subject._packer.rows([], len(slots), {})[1]
+    masks = subject._packer.rows({}, len(slots), {})[1]
     return subject._table.on_device(), rows, masks, subject._gate, subject._packer.number(rounds)
 
 
 def slots_of(subject) -> list[int]:
-    return [s.slot for s in subject._scheduler.running]
+    return [s.slot for s in subject._schedulers[0].running]
 
 
 def copies_of_the_cache(text: str) -> list[str]:
@@ -113,7 +113,7 @@ def test_a_row_that_is_no_slot_changes_nothing(started):
     untouched = [slot for slot in range(nobody) if slot != first]
     for old, new in zip(before.slots, after.slots, strict=True):
         np.testing.assert_array_equal(np.asarray(new)[untouched], old[untouched])
-    own = started._scheduler.running[0].pages
+    own = started._schedulers[0].running[0].pages
     for old, new in zip(jax.tree.leaves(before.cache), jax.tree.leaves(after.cache), strict=True):
         others = [page for page in range(len(old)) if page not in own]
         np.testing.assert_array_equal(np.asarray(new)[others], old[others])

@@ -145,7 +145,7 @@ def make_engine(name: str, drafts: int) -> Engine:
         model = model._replace(mtp=initialize(model_params(cfg).mtp, jax.random.key(0)))
     size = SIZE | {"warmup": True, "num_speculative_tokens": drafts, "speculation_entropy": 10.0}
     engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(**size))
-    engine._scheduler.pool = PagePool(5, engine.options.page_size, lookahead=drafts)
+    engine._schedulers[0].pool = PagePool(5, engine.options.page_size, lookahead=drafts)
     return engine
 
 
@@ -162,7 +162,7 @@ def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(name
                 client.abort()
             client.step()
         assert events == []
-    scheduler, counters = engine._scheduler, engine.counters
+    scheduler, counters = engine._schedulers[0], engine.counters
     assert counters.late_compiled == 0
     assert client.finished + client.aborted == client.asked
     assert (engine.busy, list(scheduler), scheduler.pool.used) == (False, [], 0)

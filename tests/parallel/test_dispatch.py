@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.parallel.dispatch import (
-    Exchange,
+    Ranks,
     buffer_bytes,
     capacity,
     combine,
@@ -16,17 +16,16 @@ from jaxserve.parallel.dispatch import (
     message_bytes,
     rank_in_group,
 )
-from jaxserve.parallel.errors import ShardingError
-from jaxserve.parallel.mesh import RANKS, make_mesh
+from jaxserve.parallel.mesh import AXES, make_mesh
 from tests.parallel.conftest import collectives, kinds
 
 RANK_COUNT, TOKENS, WIDTH, CHOICES = 8, 6, 16, 3
-FLAT, NESTED = Exchange(RANKS), Exchange(RANKS, implementation="hierarchical")
+FLAT, NESTED = Ranks(), Ranks(implementation="hierarchical")
 
 
 def on_mesh(mesh, body, *arrays, static=None):
     """The body on every device, with its part of each array; results are put together again."""
-    spec = P(RANKS)
+    spec = P(AXES)
     body = functools.partial(body, **(static or {}))
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)
     return jax.jit(mapped)(*arrays)
@@ -134,14 +133,14 @@ def test_int8_arrives_as_each_token_was_quantized_and_comes_back_in_bfloat16(how
 
 @pytest.mark.parametrize(("payload", "width", "size"), [("int8", 7168, 7176), ("float", 7168, 14340)])
 def test_a_step_has_two_collectives_and_they_carry_what_the_formula_says(payload, width, size):
-    mesh, how, t = make_mesh(2, 4), Exchange(RANKS, payload), 4
+    mesh, how, t = make_mesh(2, 4), Ranks(payload=payload), 4
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
 
     def step(x_td, slots_tk, weights_tk):
         came, handle = dispatch(x_td, slots_tk, 2, how)
         return combine(came.rows_id, weights_tk, handle, how)
 
-    spec = P(RANKS)
+    spec = P(AXES)
     mapped = jax.shard_map(step, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     given = shape(8 * t, width), shape(8 * t, 3, dtype=jnp.int32), shape(8 * t, 3, dtype=jnp.float32)
     compiled = jax.jit(mapped).lower(*given).compile()
@@ -167,7 +166,7 @@ def test_buffers_of_the_supernode_are_as_large_as_the_paper_says():
 
 def test_no_routing_compiles_anything_anew():
     mesh, rng = make_mesh(1, 8), np.random.default_rng(0)
-    spec = P(RANKS)
+    spec = P(AXES)
     traced = []
 
     def body(*given):
@@ -191,15 +190,15 @@ def test_members_of_a_group_are_numbered_in_order():
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "message"),
+    ("how", "message"),
     [
-        (Exchange(RANKS, payload="int4"), ShardingError, "payload 'int4' of an exchange; there are int8 and float"),  # type: ignore[arg-type]
-        (Exchange(RANKS, implementation="ring"), NotImplementedError, "'ring' of exchange; there are: flat, hier"),  # type: ignore[arg-type]
+        (Ranks(payload="int4"), "payload 'int4' of dispatch; there are: int8, float"),  # type: ignore[arg-type]
+        (Ranks(implementation="ring"), "'ring' of exchange; there are: flat, hier"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_not_there_is_named(how, error, message):
+def test_what_is_not_there_is_named(how, message):
     mesh = make_mesh(2, 4)
-    with pytest.raises(error, match=message):
+    with pytest.raises(NotImplementedError, match=message):
         if how.payload == "int4":
             on_mesh(mesh, lambda x, s: dispatch(x, s, 1, how)[0].slots_i, inputs(), routing("any", 8)[0])
-        on_mesh(mesh, functools.partial(exchange, how=how), inputs()[: 8 * 8])
+        on_mesh(mesh, functools.partial(exchange, ranks=how), inputs()[: 8 * 8])

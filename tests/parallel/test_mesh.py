@@ -2,12 +2,12 @@ import jax
 import pytest
 
 from jaxserve.parallel.errors import ShardingError
-from jaxserve.parallel.mesh import RANKS, Link, Topology, make_mesh, parse_shape
+from jaxserve.parallel.mesh import AXES, Link, Topology, make_mesh, parse_shape
 
 
 def test_the_ranks_of_a_mesh_are_the_devices_in_order_node_by_node():
     mesh = make_mesh(2, 4)
-    assert (mesh.axis_names, mesh.shape["node"], mesh.shape["die"]) == (RANKS, 2, 4)
+    assert (mesh.axis_names, mesh.shape["node"], mesh.shape["die"]) == (AXES, 2, 4)
     assert list(mesh.devices.reshape(-1)) == jax.devices()
     assert list(make_mesh(1, 2).devices[0]) == jax.devices()[:2]
 
