@@ -1,6 +1,7 @@
 """The command line. Heavy imports wait until a command needs them, so that help is instant."""
 
 import io
+import math
 import os
 import secrets
 import sys
@@ -46,6 +47,13 @@ MaxModelLenOption = Annotated[
 ]
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's own, on CPU float32.")
+]
+DevicesOption = Annotated[
+    int | None, typer.Option(min=1, help="On CPU, emulate so many devices; without it, those that --mesh needs.")
+]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(help="Run on several devices: nodes x devices of each, like 2x4; experts are spread over them."),
 ]
 VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 
@@ -106,18 +114,22 @@ def generate(
     stop: StopOption = None,
     max_model_len: MaxModelLenOption = None,
     dtype: DtypeOption = "auto",
+    devices: DevicesOption = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Continues a prompt and streams the text.
 
     jaxserve generate "def quicksort(items):"
 
     jaxserve generate -m Qwen/Qwen3-0.6B --temperature 0.7 --top-p 0.9 "The supernode"
+
+    jaxserve generate --mesh 2x4 "def quicksort(items):"
     """
     seed, stop = secrets.randbelow(2**32) if seed is None else seed, stop or []
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, stop=stop
     )
-    _stream(_text(prompt), _load(model, dtype, max_model_len), params)
+    _stream(_text(prompt), _load(model, dtype, max_model_len, devices, mesh), params)
 
 
 def _text(prompt: str) -> str:
@@ -133,15 +145,29 @@ def _text(prompt: str) -> str:
         raise RequestError(f"standard input is not UTF-8 ({byte}); convert it, with iconv for example") from None
 
 
-def _load(model: str | None, dtype: str, max_model_len: int | None) -> "LLM":
+def _load(model: str | None, dtype: str, max_model_len: int | None, devices: int | None, mesh: str | None) -> "LLM":
     """Loads a model for one prompt at a time; the bar is there while the modules are imported, too."""
     from jaxserve.progress import bar
 
     with bar() as progress:
+        mesh = _emulate(devices, mesh)
         from jaxserve.llm import LLM
 
         # One prompt needs few of the programs that many would.
-        return LLM(model, dtype=dtype, max_model_len=max_model_len, max_num_seqs=1, warmup=False, progress=progress)
+        size: dict[str, Any] = {"max_model_len": max_model_len, "max_num_seqs": 1, "warmup": False}
+        return LLM(model, dtype=dtype, mesh=mesh, progress=progress, **size)
+
+
+def _emulate(devices: int | None, mesh: str | None) -> str | None:
+    """Has JAX show as many CPU devices as are asked for, and gives the mesh: of devices alone, one node."""
+    import jax
+
+    from jaxserve.parallel.mesh import parse_shape
+
+    mesh = f"1x{devices}" if devices and not mesh else mesh
+    if mesh:
+        jax.config.update("jax_num_cpu_devices", devices or math.prod(parse_shape(mesh)))  # before a backend starts
+    return mesh
 
 
 def _stream(prompt: str, llm: "LLM", params: SamplingParams) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,14 +17,17 @@ from jaxserve.counters import Counters
 from jaxserve.guidance import Guide, Guides
 from jaxserve.layers.config import Config
 from jaxserve.layers.sampling import Logprobs
+from jaxserve.layers.spread import mixtures
 from jaxserve.layers.transformer import Model, cache_params
 from jaxserve.options import EngineConfig
 from jaxserve.packing import Packer, Spot, row_numbers, spots
 from jaxserve.pages import PagePool
-from jaxserve.parallel.errors import RequestError
-from jaxserve.parallel.sharding import Devices, zeros
+from jaxserve.parallel.errors import RequestError, ShardingError
+from jaxserve.parallel.sharding import Devices, Param, zeros
+from jaxserve.parallel.transfer import MOVES, move
 from jaxserve.programs import Programs, Progress, Shapes, Tiles
 from jaxserve.reading import Reading
+from jaxserve.rebalance import Rebalancer
 from jaxserve.request import Logprob, Output, Request, TokenLogprobs
 from jaxserve.scheduler import Chunk, Limits, Plan, Scheduler, Sequence
 from jaxserve.serving import Memory
@@ -118,8 +122,10 @@ class Engine:
         self._round_seconds = PATIENCE  # what one takes
         self._programs = Programs(self._lower)
         self._failure: Exception | None = None
+        self._rebalancer = Rebalancer(self._model, self._devices) if mesh and cfg.experts else None
         if options.warmup:
-            self._programs.compile([*self._shapes.prefill, *self._shapes.decode, mark], progress)
+            moves = [move] if self._rebalancer else []
+            self._programs.compile([*self._shapes.prefill, *self._shapes.decode, mark, *moves], progress)
         self.counters = Counters(
             pages=pages * self._devices.count, accepted=[0] * self.drafts, compiled=len(self._programs)
         )
@@ -182,6 +188,20 @@ class Engine:
             self._failure = error
             raise
 
+    def expert_load(self) -> np.ndarray:
+        """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last. Counted on meshes alone."""
+        return np.asarray(jax.device_get(self._state.load), np.int64).sum(axis=0)
+
+    def rebalance(self, slots_lx: np.ndarray) -> None:
+        """Moves experts to other ranks, in the course of the next steps: slot by slot of each layer, which it holds.
+
+        `parallel.placement` has what makes a placement from a load. No token changes, and nothing is compiled. Raises
+        ShardingError if the engine has no mesh, or the placement can't be reached.
+        """
+        if self._rebalancer is None:
+            raise ShardingError("experts are moved between the ranks of a mesh; this engine has none, or no experts")
+        self._rebalancer.aim(slots_lx)
+
     def _check_whole(self) -> None:
         """What a step that failed halfway has left can't be trusted: neither the plan nor the arrays it took over."""
         if self._failure is not None:
@@ -189,6 +209,8 @@ class Engine:
 
     def _step(self) -> list[Output]:
         clock = [time.perf_counter()]
+        if self._rebalancer and self._rebalancer.busy:
+            self._model = self._rebalancer.advance(self._model, self._programs[move])
         ongoing, self._ongoing = self._ongoing, self._launch(self._plan())
         idle = ongoing is None or ongoing.last.is_ready()
         clock.append(time.perf_counter())
@@ -207,7 +229,9 @@ class Engine:
         """The state of all ranks, so many pages on each."""
         slots, pages = self.options.max_num_seqs * self._devices.count, pages * self._devices.count
         cache = cache_params(self.cfg, pages, self.options.page_size, self._model.embed.dtype)
-        return self._devices.make(lambda: State(empty(slots, self.drafts, self.cfg.vocab_size), zeros(cache)))
+        experts = self.cfg.experts.count if self.cfg.experts else 1
+        load = Param((self._devices.count, max(1, self.cfg.mixtures), experts), (None, "l", "e"), jnp.int32)
+        return self._devices.make(lambda: State(empty(slots, self.drafts, self.cfg.vocab_size), *zeros((cache, load))))
 
     def _place(self, request: Request) -> int:
         """The rank for a request: of those that have room for its answers, the one with the fewest pages spoken for.
@@ -257,10 +281,13 @@ class Engine:
     # Launching a step: nothing is waited for.
 
     def _lower(self, shape: Any) -> Any:
-        """Traces the program of a shape, or `mark`, which has but one."""
+        """Traces the program of a shape, or one that has but one."""
         mesh = self._devices.mesh
         if shape is mark:
             return lower(mark, mesh, self._state.slots, *self._marks(None, [], [], None))
+        if shape is move:
+            none = self._devices.same(np.full(MOVES, np.iinfo(np.int32).max, np.int32))
+            return lower(move, mesh, mixtures(self._model)[0].experts, none, none)
         given, static = (self._model, self._state, self._table.on_device()), {"cfg": self.cfg, "drafts": self.drafts}
         if isinstance(shape, Tiles):
             return lower(prefill, mesh, *given, *self._packer.chunks([], shape, {}), **static)

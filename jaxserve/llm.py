@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxserve import options as sizes
 from jaxserve.checkpoints import hf, store
@@ -22,8 +23,10 @@ from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache
 from jaxserve.engine import Engine
 from jaxserve.layers.config import Config
+from jaxserve.layers.spread import in_order, spread
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError
+from jaxserve.parallel.mesh import find_mesh
 from jaxserve.progress import Progress, bar
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.serving import Serving
@@ -45,9 +48,12 @@ class LLM:
             print(output.outputs[0].text)
 
     `dtype` is that of weights, activations and cache: "float32", "bfloat16", "float16", or "auto": the checkpoint's
-    own, but float32 on CPU, which has no fast 16-bit products. `options` are those of `EngineConfig`. Programs are
-    compiled before the first request and kept on disk for the next time, unless JAX's own options for that say
-    otherwise; a bar shows how far it is, or `progress` is told.
+    own, but float32 on CPU, which has no fast 16-bit products. `mesh` is "2x4" (nodes x devices of a node), the name of
+    a `parallel.mesh.Topology`, or a mesh with the same axes: each device then has answers of its own, and some of the
+    experts. `options` are those of `EngineConfig`.
+
+    Programs are compiled before the first request and kept on disk for the next time, unless JAX's own options for that
+    say otherwise; a bar shows how far it is, or `progress` is told.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
+        mesh: Mesh | str | None = None,
         progress: Progress | None = None,
         **options: Any,
     ):
@@ -63,6 +70,7 @@ class LLM:
         Raises CheckpointError, ConfigError or RequestError that name what is wrong, TypeError for an unknown option.
         """
         engine_config = _engine_config(options)
+        devices = find_mesh(mesh) if isinstance(mesh, str) else mesh
         folder = locate(model)
         self.tokenizer = Tokenizer.from_folder(folder)
         raw = hf.read_json(folder)
@@ -74,8 +82,11 @@ class LLM:
             warnings.warn(f"compiled programs can't be kept for the next time: {obstacle}", stacklevel=2)
         with nullcontext(progress) if progress else bar() as tell:
             cfg, weights = load(folder, resolved, partial(tell, "loading"))
+            if devices:
+                placement = in_order(cfg, devices.size, engine_config.num_redundant_experts)
+                weights = spread(weights, cfg, devices, placement)
             compiling = partial(tell, "compiling")
-            self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling)
+            self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices)
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._left: deque[str] = deque()  # requests whose callers went away

@@ -20,6 +20,7 @@ _LEAST = {
     "cache_bytes": 1,
     "num_speculative_tokens": 0,
     "speculation_max_seqs": 0,
+    "num_redundant_experts": 0,
     "seed": 0,
 }
 
@@ -27,6 +28,8 @@ _LEAST = {
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The options of an engine, by vLLM's names where it has one. None changes a token that is generated, but the seed.
+
+    On a mesh, answers, tokens of a step, pages and bytes are those of each device.
 
     max_num_seqs            answers that are generated together
     max_model_len           tokens of a prompt and its answer; None: the model's positions, at most 8192
@@ -39,6 +42,7 @@ class EngineConfig:
     num_speculative_tokens  guesses a step; None: 1 if the model has an MTP module, but 0 on CPU
     speculation_entropy     guesses less sure than this, in nats, are not verified
     speculation_max_seqs    with more answers in a step, guesses are neither verified nor made
+    num_redundant_experts   on a mesh, slots for replicas of experts, besides those that fill up the ranks
     warmup                  compile all steps at the start, rather than each when it is first needed
     seed                    of the seeds of requests that have none
     """
@@ -54,6 +58,7 @@ class EngineConfig:
     num_speculative_tokens: int | None = None
     speculation_entropy: float = 2.0
     speculation_max_seqs: int = 32
+    num_redundant_experts: int = 0
     warmup: bool = True
     seed: int = 0
 

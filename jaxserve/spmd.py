@@ -10,9 +10,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxserve.layers.config import Config
 from jaxserve.parallel.dispatch import Ranks
 from jaxserve.parallel.mesh import AXES
+from jaxserve.parallel.transfer import move
 from jaxserve.slots import mark
 from jaxserve.steps import Chosen, Pack, Prefilled, decode, prefill
 
@@ -28,24 +28,28 @@ TAKES = {  # after the model and the state
     prefill: (SPLIT, _each(Pack, SPLIT, reported=SAME), SPLIT),
     decode: (SPLIT, SPLIT, SPLIT, SAME, SAME),
     mark: (SPLIT, SAME, SAME, SAME),
+    move: (SAME, SAME),
 }
-GIVES = {prefill: (_each(Prefilled, SPLIT, chosen=CHOSEN), SPLIT), decode: (CHOSEN, SPLIT), mark: SPLIT}
+GIVES = {prefill: (_each(Prefilled, SPLIT, chosen=CHOSEN), SPLIT), decode: (CHOSEN, SPLIT), mark: SPLIT, move: SPLIT}
 
 
 def lower(program: Any, mesh: Mesh | None, *given: Any, **static: Any) -> Any:
-    """Traces `prefill` or `decode` of `steps`, or `slots.mark`, for what it is given: on one device, or on a mesh."""
+    """Traces one of the programs for what it is given: on one device, or on a mesh.
+
+    They are `prefill` and `decode` of `steps`, `slots.mark`, and on meshes alone `transfer.move`.
+    """
     if mesh is None:
         return program.lower(*given, **static)
-    weights = () if program is mark else (jax.tree.map(lambda leaf: leaf.sharding.spec, given[0]),)
+    weights = (jax.tree.map(lambda leaf: leaf.sharding.spec, given[0]),) if program in (prefill, decode) else ()
     return _over(program, mesh, weights, **static).lower(*given)
 
 
 @lru_cache  # engines of one size share what is traced
-def _over(program: Any, mesh: Mesh, weights: Any, *, cfg: Config | None = None, drafts: int = 0) -> Any:
-    """The program as one `shard_map`, jitted; it donates what the program itself does."""
-    body = program.__wrapped__
+def _over(program: Any, mesh: Mesh, weights: Any, **static: Any) -> Any:
+    """The program as one `shard_map`, jitted; donates what belongs to sequences, or slots of experts."""
+    body = partial(getattr(program, "__wrapped__", program), **static)
     if program is not mark:
-        body = partial(body, cfg=cfg, drafts=drafts, ranks=Ranks())
+        body = partial(body, ranks=Ranks())
     takes = (*weights, SPLIT, *TAKES[program])
     over = jax.shard_map(body, mesh=mesh, in_specs=takes, out_specs=GIVES[program], check_vma=False)
     return jax.jit(over, donate_argnums=len(weights))

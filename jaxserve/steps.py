@@ -32,6 +32,7 @@ class State(NamedTuple):
 
     slots: Slots
     cache: tuple[Any, ...]
+    load: Int[Array, "ranks l e"]  # tokens that each expert got so far, of MTP modules last; counted on ranks only
 
 
 class Gate(NamedTuple):
@@ -73,6 +74,7 @@ class Guesses(NamedTuple):
     cache: Any  # the module's own
     drafts_sk: Int[Array, "s k"]
     entropy_s: Float[Array, " s"]  # of the first guess, in nats; inf: none was made
+    load_e: Int[Array, " e"] | None  # of the module's experts; None: not counted
 
 
 class Prefilled(NamedTuple):
@@ -96,7 +98,8 @@ def prefill(
     none_sk = jnp.zeros((len(rows_s), 0), jnp.int32)
     choice = choose(scores_su, start_s, none_sk, rows_s, slots, table, masks)
     count_s = (start_s >= 0).astype(jnp.int32)
-    state = State(advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s), out.cache)
+    advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s)
+    state = State(advanced, out.cache, _counted(state.load, out.load_le, ranks))
     if drafts:
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
         following, last = batch._replace(tokens_t=following_t), Rows(pack.last_a, rows_s)
@@ -156,7 +159,8 @@ def _verify(
     choice = choose(logits(model, out.hidden_td), start_s + 1, guesses_sk, rows_s, slots, table, masks)
     right_sk = (choice.tokens_sw[:, :-1] == guesses_sk) & (places_sw[:, 1:] >= 0)
     count_s = jnp.where(places_sw[:, 0] >= 0, 1 + jnp.cumprod(right_sk, axis=1, dtype=jnp.int32).sum(axis=1), 0)
-    state = State(advance(slots, rows_s, table, choice.tokens_sw, start_s + 1, count_s), out.cache)
+    advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s + 1, count_s)
+    state = State(advanced, out.cache, _counted(state.load, out.load_le, ranks))
     if drafts:
         kept_sw = jnp.arange(width)[None] < count_s[:, None]
         following = batch._replace(
@@ -201,7 +205,8 @@ def _follow(
 
     def only_follow(cache):
         cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
-        return Guesses(cache, jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.full(len(rows_s), jnp.inf))
+        none_sk, load_e = jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.zeros_like(state.load[0, -1])
+        return Guesses(cache, none_sk, jnp.full(len(rows_s), jnp.inf), load_e if ranks else None)
 
     given = state.cache[at]
     made = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
@@ -209,7 +214,14 @@ def _follow(
         drafts_sk=slots.drafts_sk.at[rows_s].set(made.drafts_sk, mode="drop"),
         entropy_s=slots.entropy_s.at[rows_s].set(made.entropy_s, mode="drop"),
     )
-    return State(slots, (*state.cache[:at], made.cache, *state.cache[at + 1 :]))
+    load = state.load if made.load_e is None else state.load.at[0, -1].add(made.load_e)
+    return State(slots, (*state.cache[:at], made.cache, *state.cache[at + 1 :]), load)
+
+
+def _counted(load: Array, load_le: Int[Array, "l e"], ranks: Ranks | None) -> Array:
+    """The load so far, with that of the model's own layers in one step; on a single device nobody wants it."""
+    layers = load_le.shape[0]
+    return load.at[0, :layers].add(load_le) if ranks and layers else load
 
 
 @jax.named_scope("guess")
@@ -222,17 +234,19 @@ def _guess(
     For guesses after the first, the module goes on from its own state. A guess is drawn with the noise that the model's
     choice at its place will be drawn with.
     """
-    rows_s, wanted, guesses, scores = last.slots_s, last, [], []
+    rows_s, wanted, guesses, scores, loads = last.slots_s, last, [], [], []
     sampling = jax.tree.map(lambda column: take(column, rows_s), table.sampling)
     place_s = take(slots.positions_s, rows_s)
     for i in range(drafts):
         if i:
             at_s = places(jnp.where(place_s < 0, -1, place_s + i - 1), take(table.limits_s, rows_s), 1)[:, 0]
             following, wanted = Batch(guesses[-1], at_s, rows_s, table.pages_sp), None
-        hidden_td, cache, _ = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted, ranks)
+        hidden_td, cache, load_e = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted, ranks)
+        loads.append(load_e)
         scores.append(logits(model, hidden_td))
         guesses.append(sample(scores[-1], place_s + 1 + i, sampling))
-    return Guesses(cache, jnp.stack(guesses, axis=1), entropy(scores[0]))
+    load_e = jnp.stack(loads).sum(axis=0) if ranks and cfg.experts else None
+    return Guesses(cache, jnp.stack(guesses, axis=1), entropy(scores[0]), load_e)
 
 
 def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:

@@ -98,6 +98,11 @@ class Config:
     def layers(self) -> int:
         return len(self.is_moe)
 
+    @property
+    def mixtures(self) -> int:
+        """Layers with experts, those of MTP modules too."""
+        return sum(self.is_moe) + (self.mtp_layers if self.experts else 0)
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "Config":
         """Reads the content of `config.json`, in the spelling of transformers 4 or 5.

@@ -1,6 +1,6 @@
 """A model over the ranks of a mesh: which experts lie where, and the rest on all of them."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ def in_order(cfg: Config, ranks: int, redundant: int = 0) -> np.ndarray:
     """
     count = cfg.experts.count if cfg.experts else 0
     slots = -(-(count + redundant) // ranks) * ranks
-    layers = sum(cfg.is_moe) + (cfg.mtp_layers if cfg.experts else 0)
-    return np.tile(np.arange(slots) % max(count, 1), (layers, 1))
+    return np.tile(np.arange(slots) % max(count, 1), (cfg.mixtures, 1))
 
 
 def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: Rules = DECODE) -> Model:
@@ -34,7 +33,7 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
     params = model_params(cfg, model.embed.dtype, room)
     places = jax.tree.leaves(shardings(params, mesh, rules))
     slots = iter(slots_lx)
-    arranged = _map_mixtures(model, lambda p: arrange(p, next(slots), room))
+    arranged = map_mixtures(model, lambda p: arrange(p, next(slots), room))
     leaves, tree = jax.tree.flatten(arranged)
     return tree.unflatten(jax.device_put(leaf, place) for leaf, place in zip(leaves, places, strict=True))
 
@@ -46,8 +45,14 @@ def arrange(p: Moe, slots_x: np.ndarray, room: Spread) -> Moe:
     return p._replace(experts=experts, routes=routes(slots_x, p.w_router.shape[0], room.replicas))
 
 
-def _map_mixtures(model: Model, change: Any) -> Model:
-    """The model with all its mixtures changed, those of MTP modules last."""
+def mixtures(model: Model) -> list[Moe]:
+    """A model's mixtures, those of MTP modules last."""
+    layers = [*model.layers, *(mtp.layer for mtp in model.mtp)]
+    return [layer.ffn for layer in layers if isinstance(layer.ffn, Moe)]
+
+
+def map_mixtures(model: Model, change: Callable[[Moe], Moe]) -> Model:
+    """The model with all its mixtures changed, in the same order."""
     one = lambda layer: layer._replace(ffn=change(layer.ffn)) if isinstance(layer.ffn, Moe) else layer  # noqa: E731
     layers = tuple(one(layer) for layer in model.layers)
     return model._replace(layers=layers, mtp=tuple(mtp._replace(layer=one(mtp.layer)) for mtp in model.mtp))

@@ -73,6 +73,12 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(shape[1]), int(shape[2])
 
 
+def find_mesh(name: str) -> Mesh:
+    """The mesh of a shape, like `2x4`, or of a `Topology` by its name."""
+    topology = Topology.named(name) if name in PRESETS or ":" in name else None
+    return make_mesh(*((topology.nodes, topology.dies) if topology else parse_shape(name)))
+
+
 def make_mesh(nodes: int, dies: int) -> Mesh:
     """The first devices as a mesh of so many nodes. Raises ShardingError if there are too few."""
     devices = jax.devices()

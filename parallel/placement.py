@@ -146,6 +146,14 @@ def routes(slots_x: Int[np.ndarray, "x"], experts: int, most: int) -> Routes:
     return Routes(slots_em.astype(np.int32), count_e.astype(np.int32))
 
 
+def held(routes: Routes, slots: int) -> Int[np.ndarray, "x"]:
+    """The placement that routes lead to: the inverse of `routes`."""
+    slots_x = np.full(slots, -1)
+    for expert, count in enumerate(routes.count_e):
+        slots_x[routes.slots_em[expert, :count]] = expert
+    return slots_x
+
+
 def replicas(slots_x: Int[np.ndarray, "x"], experts: int) -> Int[np.ndarray, "e"]:
     """How many slots hold each expert: at least one."""
     count_e = np.bincount(slots_x[slots_x >= 0], minlength=experts)

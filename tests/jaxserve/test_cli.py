@@ -49,6 +49,20 @@ def test_generate_streams_the_prompt_and_its_continuation_and_ends_with_its_spee
     assert "warning" not in result.stderr
 
 
+def test_on_emulated_devices_the_text_is_the_same(tiny):
+    given = "generate", "t5 t7", *tiny, "--max-tokens", "6", "--seed", "3"
+    alone, spread = run(*given), run(*given, "--mesh", "2x2")
+    assert spread.returncode == 0, spread.stderr
+    assert spread.stdout == alone.stdout
+    assert run(*given, "--devices", "3").stdout == alone.stdout
+
+
+def test_a_mesh_that_is_none_or_too_large_is_named(tiny):
+    assert "mesh '22': it must be nodes x devices of a node, like 2x4" in run("generate", "t5", "--mesh", "22").stderr
+    result = run("generate", "t5", "--mesh", "2x4", "--devices", "4")
+    assert (result.returncode, "a mesh of 2x4 needs 8 devices; there are 4" in result.stderr) == (2, True)
+
+
 def test_generate_reads_its_prompt_from_standard_input(tiny):
     result = run("generate", "-", *tiny, "--max-tokens", "4", stdin="t5 t7\n")
     assert result.stdout.startswith("t5 t7\n")

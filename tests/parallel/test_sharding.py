@@ -7,7 +7,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import cache_params, model_params
 from jaxserve.parallel.errors import ShardingError
-from jaxserve.parallel.sharding import Param, abstract, initialize, named_sharding, shardings, zeros
+from jaxserve.parallel.sharding import Devices, Param, abstract, initialize, named_sharding, shardings, zeros
 from tests.layers.helpers import FAMILIES, empty
 
 PARAM = Param((16, 6), ("e", "d"))
@@ -16,6 +16,22 @@ PARAM = Param((16, 6), ("e", "d"))
 @pytest.fixture(scope="module")
 def mesh() -> Mesh:
     return Mesh(np.array(jax.devices()).reshape(2, 4), ("node", "die"))
+
+
+def test_rows_are_split_over_the_ranks_in_order_and_the_rest_is_everywhere(mesh):
+    devices = Devices(mesh)
+    rows, made = devices.split(np.arange(16)), devices.make(lambda: jnp.zeros((8, 3)))
+    assert [part.data.tolist() for part in rows.addressable_shards] == [[2 * i, 2 * i + 1] for i in range(8)]
+    assert made.sharding.is_equivalent_to(rows.sharding, 2)
+    assert devices.same(np.arange(3)).is_fully_replicated
+    assert devices.count == 8
+
+
+def test_without_a_mesh_all_is_on_one_device():
+    devices = Devices()
+    arrays = devices.split(np.arange(3)), devices.same(np.arange(3)), devices.make(lambda: jnp.zeros(3))
+    assert devices.count == 1
+    assert {len(array.devices()) for array in arrays} == {1}
 
 
 def test_a_param_knows_its_size():

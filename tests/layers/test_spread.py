@@ -1,0 +1,87 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxserve.layers.batch import Batch
+from jaxserve.layers.config import Config
+from jaxserve.layers.moe import Spread
+from jaxserve.layers.spread import in_order, mixtures, spread
+from jaxserve.layers.transformer import forward, model_params
+from jaxserve.parallel.dispatch import Ranks
+from jaxserve.parallel.errors import ShardingError
+from jaxserve.parallel.mesh import AXES, make_mesh
+from jaxserve.parallel.placement import held
+from tests.layers.helpers import FAMILIES, batch_of, empty_cache, page_table, random_model, random_tokens
+from tests.tolerances import MODEL, assert_close
+
+SHAPES = (1, 8), (2, 4), (4, 2), (2, 4), (8, 1)
+PAGE, LENGTHS = 4, (7, 3, 1, 12, 5, 5, 2, 9)
+
+
+def shuffled(cfg: Config, redundant: int) -> np.ndarray:
+    return np.random.default_rng(1).permuted(in_order(cfg, 8, redundant), axis=1)
+
+
+def on_ranks(model, batches: list[Batch], cfg, mesh, how: Ranks):
+    """Each batch on its rank, with a cache of its own."""
+    stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+    cache = empty_cache(cfg, 8 * 3, PAGE)
+    weights = jax.tree.map(lambda leaf: leaf.sharding.spec, model)
+
+    def body(model, batch, cache):
+        out = forward(model, batch, cache, cfg, how)
+        return out.hidden_td, out.load_le[None]
+
+    takes = (weights, P(AXES), P(AXES))
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=takes, out_specs=P(AXES), check_vma=False)
+    return jax.jit(mapped)(model, stacked, cache)
+
+
+@pytest.mark.parametrize("redundant", [0, 9])
+@pytest.mark.parametrize(("family", "shape"), list(zip(FAMILIES, SHAPES, strict=True)))
+def test_each_rank_computes_what_a_single_device_would_and_the_experts_loads_add_up(family, shape, redundant):
+    cfg, rng = Config.tiny(family), np.random.default_rng(7)
+    model, mesh, table = random_model(cfg, rng), make_mesh(*shape), page_table(1, 3)
+    prompts = [random_tokens(cfg, rng, length) for length in LENGTHS]
+    batches = [batch_of([prompt], table, tile=12) for prompt in prompts]
+    placed = spread(model, cfg, mesh, shuffled(cfg, redundant))
+    implementation = "hierarchical" if redundant else "flat"
+    hidden_td, load_rle = on_ranks(placed, batches, cfg, mesh, Ranks(implementation=implementation))
+    alone = jax.jit(functools.partial(forward, cfg=cfg))
+    each = [alone(model, batch, empty_cache(cfg, 3, PAGE)) for batch in batches]
+    for rank, (out, length) in enumerate(zip(each, LENGTHS, strict=True)):
+        assert_close(hidden_td[12 * rank : 12 * rank + length], out.hidden_td[:length], MODEL)
+        np.testing.assert_array_equal(load_rle[rank], out.load_le)
+
+
+def test_experts_lie_in_their_slots_and_slots_on_their_ranks():
+    cfg, mesh = Config.tiny("deepseek_v3"), make_mesh(2, 4)
+    model, slots_lx = random_model(cfg, np.random.default_rng(0)), shuffled(cfg, 8)
+    placed = mixtures(spread(model, cfg, mesh, slots_lx))
+    assert len(placed) == cfg.mixtures == len(slots_lx)
+    for p, whole, slots_x in zip(placed, mixtures(model), slots_lx, strict=True):
+        np.testing.assert_array_equal(p.experts.w_down, whole.experts.w_down[slots_x])
+        assert {part.data.shape[0] for part in p.experts.w_up.addressable_shards} == {len(slots_x) // 8}
+        assert p.w_router.is_fully_replicated
+        np.testing.assert_array_equal(held(jax.device_get(p.routes), len(slots_x)), slots_x)
+
+
+def test_the_tree_of_params_of_a_spread_model_describes_it():
+    cfg, mesh = Config.tiny("deepseek_v2"), make_mesh(1, 8)
+    slots_lx = in_order(cfg, 8, 3)
+    placed = spread(random_model(cfg, np.random.default_rng(0)), cfg, mesh, slots_lx)
+    params = model_params(cfg, jnp.float32, Spread.of(cfg, slots_lx.shape[1], 8))
+    shape = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))  # noqa: E731
+    assert jax.tree.map(shape, placed) == jax.tree.map(shape, params)
+
+
+def test_an_expert_without_a_slot_is_named():
+    cfg = Config.tiny("qwen3_moe")
+    slots_lx = in_order(cfg, 8, 0)
+    slots_lx[0][slots_lx[0] == 3] = 2
+    with pytest.raises(ShardingError, match="expert 3 has no slot"):
+        spread(random_model(cfg, np.random.default_rng(0)), cfg, make_mesh(1, 8), slots_lx)
