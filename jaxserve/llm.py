@@ -83,8 +83,8 @@ class LLM:
         with nullcontext(progress) if progress else bar() as tell:
             cfg, weights = load(folder, resolved, partial(tell, "loading"))
             if devices:
-                placement = in_order(cfg, devices.size, engine_config.num_redundant_experts)
-                weights = spread(weights, cfg, devices, placement)
+                extra = engine_config.num_redundant_experts, engine_config.num_shared_expert_ranks
+                weights = spread(weights, cfg, devices, in_order(cfg, devices.size, *extra))
             compiling = partial(tell, "compiling")
             self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices)
         self._calls = itertools.count()

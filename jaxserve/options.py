@@ -21,6 +21,7 @@ _LEAST = {
     "num_speculative_tokens": 0,
     "speculation_max_seqs": 0,
     "num_redundant_experts": 0,
+    "num_shared_expert_ranks": 0,
     "seed": 0,
 }
 
@@ -43,6 +44,7 @@ class EngineConfig:
     speculation_entropy     guesses less sure than this, in nats, are not verified
     speculation_max_seqs    with more answers in a step, guesses are neither verified nor made
     num_redundant_experts   on a mesh, slots for replicas of experts, besides those that fill up the ranks
+    num_shared_expert_ranks on a mesh, the first ranks that hold copies of the shared expert and no others
     warmup                  compile all steps at the start, rather than each when it is first needed
     seed                    of the seeds of requests that have none
     """
@@ -59,6 +61,7 @@ class EngineConfig:
     speculation_entropy: float = 2.0
     speculation_max_seqs: int = 32
     num_redundant_experts: int = 0
+    num_shared_expert_ranks: int = 0
     warmup: bool = True
     seed: int = 0
 

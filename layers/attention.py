@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxserve.layers.batch import Batch, num_blocks, read_block
+from jaxserve.layers.batch import Batch, Positions, num_blocks, read_block
 from jaxserve.layers.config import Config, GroupedAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
@@ -96,7 +96,7 @@ def gqa(
     return merge_heads(o_thv, p.w_o)
 
 
-def keys_values(p: Gqa, x_td: Float[Array, "t d"], batch: Batch, cfg: Config) -> KeyValueCache:
+def keys_values(p: Gqa, x_td: Float[Array, "t d"], batch: Positions, cfg: Config) -> KeyValueCache:
     """What a token leaves in the cache: its keys `[t, g, r]`, normed and rotated, and its values `[t, g, v]`."""
     k_tgr = rms_norm(einsum("td,grd->tgr", x_td, p.w_k), p.k_norm, cfg.norm_eps)
     return KeyValueCache(rotate(k_tgr, batch.positions_t, cfg.rope), einsum("td,gvd->tgv", x_td, p.w_v))

@@ -1,6 +1,6 @@
 """The tokens of a step and the paged memory of the sequences they belong to."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,14 @@ from jaxserve.layers.dims import AnyArray, Leaf
 
 BLOCK_TOKENS = 256
 """Cached tokens attended to at once: what bounds attention's working memory, whatever the context's length."""
+
+
+@runtime_checkable
+class Positions(Protocol):
+    """Tokens that know where they stand."""
+
+    @property
+    def positions_t(self) -> Any: ...
 
 
 class Batch(NamedTuple):

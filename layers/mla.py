@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxserve.layers.attention import Block, attend, merge_heads
-from jaxserve.layers.batch import Batch, num_blocks, read_block
+from jaxserve.layers.batch import Batch, Positions, num_blocks, read_block
 from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
@@ -75,23 +75,34 @@ def mla(
     p: Mla, x_td: Float[Array, "t d"], cache: LatentCache, batch: Batch, cfg: Config, att: LatentAttention
 ) -> Float[Array, "t d"]:
     """Attends to the cache, which has the tokens' own latents, in the form that costs less."""
-    q_thn, q_thr = queries(p, x_td, batch, cfg, att)
+    q_thn, q_thr = queries(p, compressed(p, x_td), batch, cfg, att)
+    return merge_heads(attend_queries(p, q_thn, q_thr, cache, batch, att), p.w_o)
+
+
+def attend_queries(
+    p: Mla, q_thn: Array, q_thr: Array, cache: LatentCache, batch: Batch, att: LatentAttention
+) -> Float[Array, "t h v"]:
+    """Attention in the form that costs less."""
     form = attend_expanded if expanding_pays(att, batch.tile) else attend_absorbed
-    return merge_heads(form(p, q_thn, q_thr, cache, batch, att), p.w_o)
+    return form(p, q_thn, q_thr, cache, batch, att)
 
 
-def queries(p: Mla, x_td: Array, batch: Batch, cfg: Config, att: LatentAttention) -> tuple[Array, Array]:
-    """The queries' two parts, `[t, h, n]` and, rotated, `[t, h, r]`."""
+def compressed(p: Mla, x_td: Array) -> Float[Array, "t q"]:
+    """What queries are made of: their latent, normed; the token's state itself if they have none."""
     if p.w_dq is None or p.q_norm is None:
-        q_thz = einsum("td,hzd->thz", x_td, p.w_uq)
-    else:
-        c_tq = rms_norm(einsum("td,qd->tq", x_td, p.w_dq), p.q_norm, LATENT_EPS)
-        q_thz = einsum("tq,hzq->thz", c_tq, p.w_uq)
-    q_thn, q_thr = jnp.split(q_thz, [att.nope_dim], axis=-1)
+        return x_td
+    return rms_norm(einsum("td,qd->tq", x_td, p.w_dq), p.q_norm, LATENT_EPS)
+
+
+def queries(
+    p: Mla, q_tq: Float[Array, "t q"], batch: Positions, cfg: Config, att: LatentAttention
+) -> tuple[Array, Array]:
+    """The queries' two parts, `[t, h, n]` and, rotated, `[t, h, r]`, from what `compressed` gives."""
+    q_thn, q_thr = jnp.split(einsum("tq,hzq->thz", q_tq, p.w_uq), [att.nope_dim], axis=-1)
     return q_thn, rotate(q_thr, batch.positions_t, cfg.rope)
 
 
-def latents(p: Mla, x_td: Array, batch: Batch, cfg: Config) -> LatentCache:
+def latents(p: Mla, x_td: Array, batch: Positions, cfg: Config) -> LatentCache:
     """What a token leaves in the cache: its latent `[t, c]`, normed, and its key `[t, r]`, rotated."""
     c_tc = rms_norm(einsum("td,cd->tc", x_td, p.w_dkv), p.kv_norm, LATENT_EPS)
     k_tr = einsum("td,rd->tr", x_td, p.w_kr)

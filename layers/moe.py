@@ -28,7 +28,7 @@ class Moe(NamedTuple):
     w_router: Leaf  # e d          gate
     bias: Leaf | None  # e         gate.e_score_correction_bias: selects, and never weighs (float32)
     experts: Mlp  # e f d, e d f   experts.{e}
-    shared: Mlp | None  # f d      shared_experts: visited by every token
+    shared: Mlp | None  # f d      shared_experts: visited by every token; None: there is none, or it is in `experts`
     routes: Routes | None = None  # which of `experts` are which, where these are spread over ranks: x f d, x d f
 
 
@@ -40,18 +40,18 @@ class Routing(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Room for experts on all ranks together."""
+    """Room for experts on all ranks together.
+
+    The shared expert may be among them, cut into as many as have the width of a routed one; their numbers come last.
+    """
 
     slots: int  # x
     replicas: int  # m, of an expert at most
-
-    @classmethod
-    def of(cls, cfg: Config, slots: int, ranks: int) -> "Spread":
-        """With as many replicas of an expert as there can be, but one a rank."""
-        return cls(slots, max(1, min(ranks, slots - (cfg.experts.count if cfg.experts else 0) + 1)))
+    shared: int  # experts that every token visits; 0: each rank computes them for its own tokens
 
     def routes(self, experts: int) -> Routes:
         """The tree of `Param` of a mixture's routes."""
+        experts += self.shared
         return Routes(Param((experts, self.replicas), (None, None), jnp.int32), Param((experts,), (None,), jnp.int32))
 
 
@@ -69,7 +69,7 @@ def moe_params(cfg: Config, moe: Experts, dtype, spread: Spread | None = None) -
         w_router=Param((e, d), ("e", "d"), dtype, std=d**-0.5),
         bias=Param((e,), ("e",), jnp.float32) if moe.router == "sigmoid" else None,
         experts=Mlp(up, up, Param((x, d, f), (axis, "d", "f"), dtype, std=f**-0.5)),
-        shared=mlp_params(d, moe.shared_width, dtype) if moe.shared_width else None,
+        shared=mlp_params(d, moe.shared_width, dtype) if moe.shared_width and not (spread and spread.shared) else None,
         routes=spread.routes(e) if spread else None,
     )
 
@@ -95,7 +95,7 @@ def moe(
     if ranks is None or p.routes is None:
         y_td = mix_experts(p.experts, x_td, routing)
     else:
-        y_td = mix_spread_experts(p.experts, x_td, routing, p.routes, ranks)
+        y_td = mix_spread_experts(p.experts, x_td, routing, p.routes, ranks, cfg.count)
     return (y_td if p.shared is None else y_td + mlp(p.shared, x_td)), load_e
 
 
@@ -145,23 +145,39 @@ def mix_experts(
 
 
 def mix_spread_experts(
-    p: Mlp, x_td: Float[Array, "t d"], routing: Routing, routes: Routes, ranks: Ranks
+    p: Mlp, x_td: Float[Array, "t d"], routing: Routing, routes: Routes, ranks: Ranks, routed: int
 ) -> Float[Array, "t d"]:
-    """`mix_experts` where each rank has some of them: tokens go there and come back."""
+    """`mix_experts` where each rank has some of them: tokens go there and come back.
+
+    Experts with numbers from `routed` on are shared ones: every token visits them.
+    """
     here = p.w_gate.shape[0]
-    came, handle = dispatch(x_td, physical(routing.experts_tk, routes, ranks), here, ranks)
+    routing = _with_shared(routing, routed, shared=routes.slots_em.shape[0] - routed)
+    came, handle = dispatch(x_td, physical(routing.experts_tk, routes, ranks, routed), here, ranks)
     alone_i1 = Routing(came.slots_i[:, None], jnp.ones((len(came.slots_i), 1)))
     return combine(mix_experts(p, came.rows_id, alone_i1), routing.weights_tk, handle, ranks)
 
 
-def physical(experts_tk: Int[Array, "t k"], routes: Routes, ranks: Ranks) -> Int[Array, "t k"]:
-    """The slot that each token visits of an expert: its replicas take turns, by the token's place in the whole batch.
+def _with_shared(routing: Routing, routed: int, shared: int) -> Routing:
+    """The choices with those that every token makes; those of `routed`, which is none, move behind the shared ones."""
+    t, _ = routing.experts_tk.shape
+    none_tk = routing.experts_tk == routed
+    all_tk = jnp.broadcast_to(routed + jnp.arange(shared), (t, shared))
+    all_tk = jnp.where(none_tk[:, :1], routed + shared, all_tk)
+    experts_tk = jnp.concatenate([jnp.where(none_tk, routed + shared, routing.experts_tk), all_tk], axis=1)
+    return Routing(experts_tk, jnp.concatenate([routing.weights_tk, jnp.ones((t, shared))], axis=1))
 
-    A number past all slots for experts that are none.
+
+def physical(experts_tk: Int[Array, "t k"], routes: Routes, ranks: Ranks, routed: int) -> Int[Array, "t k"]:
+    """The slot that each token visits of an expert. A number past all slots for experts that are none.
+
+    Replicas take turns, by the token's place in the whole batch; those of shared experts, which every token visits, by
+    its rank.
     """
     t, _ = experts_tk.shape
     place_t1 = (ranks.rank * t + jnp.arange(t))[:, None]
-    turn_tk = place_t1 % jnp.take(routes.count_e, experts_tk, mode="fill", fill_value=1)
+    place_tk = jnp.where(experts_tk < routed, place_t1, ranks.rank)
+    turn_tk = place_tk % jnp.take(routes.count_e, experts_tk, mode="fill", fill_value=1)
     return routes.slots_em.at[experts_tk, turn_tk].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
 
 

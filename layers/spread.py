@@ -7,21 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.layers.config import Config
-from jaxserve.layers.moe import Moe, Spread
+from jaxserve.layers.config import Config, Experts
+from jaxserve.layers.moe import Mlp, Moe, Spread
 from jaxserve.layers.transformer import Model, model_params
+from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.placement import routes
 from jaxserve.parallel.sharding import DECODE, Rules, shardings
 
 
-def in_order(cfg: Config, ranks: int, redundant: int = 0) -> np.ndarray:
+def in_order(cfg: Config, ranks: int, redundant: int = 0, shared_ranks: int = 0) -> np.ndarray:
     """The plain placement, `slots_lx`: the experts in order, then replicas of the first, for each layer with experts.
 
-    As many replicas as are `redundant`, and as fill the ranks up. MTP modules come last.
+    As many replicas as are `redundant`, and as fill the ranks up. MTP modules come last. The first `shared_ranks` hold
+    copies of the shared expert and nothing else (arXiv:2506.12708, section 5.1); without them every rank has one of its
+    own.
     """
+    experts = cfg.experts.count if cfg.experts else 1
+    if not 0 <= shared_ranks < ranks:
+        raise ShardingError(f"{shared_ranks} ranks for the shared expert, of {ranks}: at least one must have others")
+    each = -(-(experts + redundant) // (ranks - shared_ranks))
+    shared = experts + np.arange(shared_ranks * each) % max(1, shared_parts(cfg, bool(shared_ranks)))
+    return np.tile(np.append(shared, np.arange(each * (ranks - shared_ranks)) % experts), (cfg.mixtures, 1))
+
+
+def room(cfg: Config, slots_lx: np.ndarray, ranks: int) -> Spread:
+    """What a placement asks for: shared experts among the others if it has them; a replica a rank of each at most."""
     count = cfg.experts.count if cfg.experts else 0
-    slots = -(-(count + redundant) // ranks) * ranks
-    return np.tile(np.arange(slots) % max(count, 1), (cfg.mixtures, 1))
+    shared = shared_parts(cfg, bool((slots_lx >= count).any()))
+    slots = slots_lx.shape[1]
+    return Spread(slots, max(1, min(ranks, slots - count - shared + 1)), shared)
 
 
 def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: Rules = DECODE) -> Model:
@@ -29,20 +43,37 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
 
     Raises ShardingError if something does not divide, or an expert has no slot.
     """
-    room = Spread.of(cfg, slots_lx.shape[1], mesh.size)
-    params = model_params(cfg, model.embed.dtype, room)
-    places = jax.tree.leaves(shardings(params, mesh, rules))
+    wanted = room(cfg, slots_lx, mesh.size)
+    places = jax.tree.leaves(shardings(model_params(cfg, model.embed.dtype, wanted), mesh, rules))
     slots = iter(slots_lx)
-    arranged = map_mixtures(model, lambda p: arrange(p, next(slots), room))
-    leaves, tree = jax.tree.flatten(arranged)
+    leaves, tree = jax.tree.flatten(map_mixtures(model, lambda p: arrange(p, next(slots), wanted)))
     return tree.unflatten(jax.device_put(leaf, place) for leaf, place in zip(leaves, places, strict=True))
 
 
-def arrange(p: Moe, slots_x: np.ndarray, room: Spread) -> Moe:
+def arrange(p: Moe, slots_x: np.ndarray, wanted: Spread) -> Moe:
     """A mixture whose experts are in slots, with the routes to them."""
-    held_x = jnp.asarray(np.maximum(slots_x, 0))
-    experts = jax.tree.map(lambda w: jnp.take(w, held_x, axis=0), p.experts)
-    return p._replace(experts=experts, routes=routes(slots_x, p.w_router.shape[0], room.replicas))
+    held_x, experts = jnp.asarray(np.maximum(slots_x, 0)), p.experts
+    if p.shared is not None and wanted.shared:
+        experts = jax.tree.map(lambda *parts: jnp.concatenate(parts), experts, _cut(p.shared, wanted.shared))
+        p = p._replace(shared=None)
+    placed = jax.tree.map(lambda w: jnp.take(w, held_x, axis=0), experts)
+    return p._replace(experts=placed, routes=routes(slots_x, experts.w_gate.shape[0], wanted.replicas))
+
+
+def _cut(p: Mlp, count: int) -> Mlp:
+    """A network as so many narrower ones, whose results add up to its own."""
+    rows = lambda w: w.reshape(count, -1, w.shape[1])  # noqa: E731
+    return Mlp(rows(p.w_gate), rows(p.w_up), p.w_down.reshape(p.w_down.shape[0], count, -1).swapaxes(0, 1))
+
+
+def shared_parts(cfg: Config, apart: bool) -> int:
+    """How many experts of a routed one's width the shared one is cut into; 0 if it is not to lie in slots."""
+    match cfg.experts:
+        case Experts(shared_width=shared, width=width) if apart and shared and shared % width == 0:
+            return shared // width
+        case Experts(shared_width=shared, width=width) if apart:
+            raise ShardingError(f"the shared expert, of width {shared}, can't be cut into experts of width {width}")
+    return 0
 
 
 def mixtures(model: Model) -> list[Moe]:

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.attention import Gqa, gqa, gqa_cache, gqa_params, keys_values
 from jaxserve.layers.batch import Batch, write
 from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
-from jaxserve.layers.dims import Leaf
+from jaxserve.layers.dims import AnyArray, Leaf
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.mla import Mla, latents, mla, mla_cache, mla_params
 from jaxserve.layers.moe import Mlp, Moe, Spread, mlp, mlp_params, moe, moe_params
@@ -133,9 +133,16 @@ def layer_output(
     The second result is the experts' load, None if there are none.
     """
     x_td = x_td + _attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg)
+    return feed_forward(p, x_td, batch.positions_t >= 0, cfg, ranks)
+
+
+def feed_forward(
+    p: Layer, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Config, ranks: Ranks | None = None
+) -> tuple[Float[Array, "t d"], Int[Array, " e"] | None]:
+    """The states after a layer's network or mixture, and the experts' load."""
     normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
     if isinstance(p.ffn, Moe) and cfg.experts:
-        y_td, load_e = moe(p.ffn, normed_td, batch.positions_t >= 0, cfg.experts, ranks)
+        y_td, load_e = moe(p.ffn, normed_td, valid_t, cfg.experts, ranks)
         return x_td + y_td, load_e
     return x_td + mlp(cast(Mlp, p.ffn), normed_td), None
 

@@ -27,6 +27,8 @@ WRONG = {
     "num_speculative_tokens": [*WHOLE, 9],
     "speculation_entropy": ["1", True, -0.5, float("nan"), None],
     "speculation_max_seqs": [*WHOLE, None],
+    "num_redundant_experts": [*WHOLE, None],
+    "num_shared_expert_ranks": [*WHOLE, None],
     "warmup": [0, "no", None],
     "seed": [*WHOLE, None],
 }

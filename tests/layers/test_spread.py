@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,22 +9,20 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.layers.batch import Batch
 from jaxserve.layers.config import Config
-from jaxserve.layers.moe import Spread
-from jaxserve.layers.spread import in_order, mixtures, spread
+from jaxserve.layers.spread import in_order, mixtures, room, spread
 from jaxserve.layers.transformer import forward, model_params
 from jaxserve.parallel.dispatch import Ranks
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.mesh import AXES, make_mesh
 from jaxserve.parallel.placement import held
-from tests.layers.helpers import FAMILIES, batch_of, empty_cache, page_table, random_model, random_tokens
+from tests.layers.helpers import batch_of, empty_cache, page_table, random_model, random_tokens
 from tests.tolerances import MODEL, assert_close
 
-SHAPES = (1, 8), (2, 4), (4, 2), (2, 4), (8, 1)
 PAGE, LENGTHS = 4, (7, 3, 1, 12, 5, 5, 2, 9)
 
 
-def shuffled(cfg: Config, redundant: int) -> np.ndarray:
-    return np.random.default_rng(1).permuted(in_order(cfg, 8, redundant), axis=1)
+def shuffled(cfg: Config, redundant: int, shared_ranks: int = 0) -> np.ndarray:
+    return np.random.default_rng(1).permuted(in_order(cfg, 8, redundant, shared_ranks), axis=1)
 
 
 def on_ranks(model, batches: list[Batch], cfg, mesh, how: Ranks):
@@ -41,14 +40,28 @@ def on_ranks(model, batches: list[Batch], cfg, mesh, how: Ranks):
     return jax.jit(mapped)(model, stacked, cache)
 
 
-@pytest.mark.parametrize("redundant", [0, 9])
-@pytest.mark.parametrize(("family", "shape"), list(zip(FAMILIES, SHAPES, strict=True)))
-def test_each_rank_computes_what_a_single_device_would_and_the_experts_loads_add_up(family, shape, redundant):
+@pytest.mark.parametrize(
+    ("family", "shape", "redundant", "shared_ranks"),
+    [
+        ("deepseek_v2", (1, 8), 0, 0),
+        ("deepseek_v2_lite", (2, 4), 9, 0),
+        ("deepseek_v2_lite", (1, 8), 0, 3),
+        ("deepseek_v3", (4, 2), 0, 0),
+        ("deepseek_v3", (2, 4), 5, 2),
+        ("qwen3", (2, 4), 0, 0),
+        ("qwen3_moe", (8, 1), 9, 0),
+    ],
+)
+def test_each_rank_computes_what_a_single_device_would_and_the_experts_loads_add_up(
+    family, shape, redundant, shared_ranks
+):
     cfg, rng = Config.tiny(family), np.random.default_rng(7)
     model, mesh, table = random_model(cfg, rng), make_mesh(*shape), page_table(1, 3)
     prompts = [random_tokens(cfg, rng, length) for length in LENGTHS]
     batches = [batch_of([prompt], table, tile=12) for prompt in prompts]
-    placed = spread(model, cfg, mesh, shuffled(cfg, redundant))
+    placed = spread(model, cfg, mesh, shuffled(cfg, redundant, shared_ranks))
+    if shared_ranks:
+        assert all(p.shared is None for p in mixtures(placed))
     implementation = "hierarchical" if redundant else "flat"
     hidden_td, load_rle = on_ranks(placed, batches, cfg, mesh, Ranks(implementation=implementation))
     alone = jax.jit(functools.partial(forward, cfg=cfg))
@@ -74,9 +87,24 @@ def test_the_tree_of_params_of_a_spread_model_describes_it():
     cfg, mesh = Config.tiny("deepseek_v2"), make_mesh(1, 8)
     slots_lx = in_order(cfg, 8, 3)
     placed = spread(random_model(cfg, np.random.default_rng(0)), cfg, mesh, slots_lx)
-    params = model_params(cfg, jnp.float32, Spread.of(cfg, slots_lx.shape[1], 8))
+    params = model_params(cfg, jnp.float32, room(cfg, slots_lx, 8))
     shape = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))  # noqa: E731
     assert jax.tree.map(shape, placed) == jax.tree.map(shape, params)
+
+
+def test_shared_experts_take_the_first_ranks_and_the_others_the_rest():
+    cfg = Config.tiny("deepseek_v2_lite")
+    count = cfg.experts.count
+    slots_lx = in_order(cfg, 6, redundant=1, shared_ranks=2)
+    each = slots_lx.shape[1] // 6
+    assert slots_lx[0][: 2 * each].tolist() == [count + i % 2 for i in range(2 * each)]
+    assert slots_lx[0][2 * each :].tolist() == [i % count for i in range(4 * each)]
+    assert 4 * each >= count + 1
+    with pytest.raises(ShardingError, match="6 ranks for the shared expert, of 6"):
+        in_order(cfg, 6, shared_ranks=6)
+    odd = replace(cfg, experts=replace(cfg.experts, shared_width=cfg.experts.width + 1))
+    with pytest.raises(ShardingError, match="can't be cut into experts of width"):
+        in_order(odd, 6, shared_ranks=2)
 
 
 def test_an_expert_without_a_slot_is_named():

@@ -1,0 +1,187 @@
+"""Prefill of prompts that all ranks share, whatever their lengths (arXiv:2506.12708, section 4.3.1).
+
+The chunks of all sequences lie one after another, and every rank computes an equal part of the tokens: the projections
+down, the output projection, the feed-forward network. In between the ranks give each other what attention needs of a
+token, its latents, and each computes a part of the heads for all tokens. So a layer's attention has one all-gather and
+one all-to-all, and a long prompt keeps no rank waiting for another.
+
+What a token leaves in the cache goes to the rank that its sequence belongs to, for decode; what others need of it in
+later chunks, they are given again.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.layers.attention import Gqa, KeyValueCache, attend_grouped, keys_values, merge_heads
+from jaxserve.layers.batch import Batch, write
+from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
+from jaxserve.layers.dims import AnyArray, Leaf
+from jaxserve.layers.linear import einsum
+from jaxserve.layers.mla import LatentCache, Mla, attend_queries, compressed, latents, queries
+from jaxserve.layers.norm import rms_norm
+from jaxserve.layers.rope import rotate
+from jaxserve.layers.transformer import Layer, Model, Output, feed_forward
+from jaxserve.parallel.dispatch import Ranks
+
+
+class Packed(NamedTuple):
+    """Chunks of sequences in tiles of `w = t / a` tokens; a chunk begins a tile, at a multiple of `w` in its sequence.
+
+    All ranks know all of it, but slots: those are a rank's own, and one more than the last where the sequence is
+    another's. The past is what the cache has of these sequences, in pages of `w` tokens; `p` may be 0.
+    """
+
+    tokens_t: Int[AnyArray, " t"]
+    positions_t: Int[AnyArray, " t"]  # -1 for padding
+    slots_a: Int[AnyArray, " a"]
+    first_a: Int[AnyArray, " a"]  # the first tile of the tile's chunk
+    starts_a: Int[AnyArray, " a"]  # where in its sequence that one begins
+    past_a: Int[AnyArray, " a"]  # where in the past its sequence begins
+    past_slots_p: Int[AnyArray, " p"]
+    past_starts_p: Int[AnyArray, " p"]  # the position of each page's first token
+    pages_sp: Int[AnyArray, "s pages"]  # of this rank's sequences
+
+    @property
+    def tile(self) -> int:
+        return self.tokens_t.shape[0] // self.slots_a.shape[0]
+
+    def part(self, ranks: Ranks) -> "Part":
+        """The tokens that this rank computes."""
+        count = self.tokens_t.shape[0] // ranks.size
+        mine = lambda column: jax.lax.dynamic_slice_in_dim(column, ranks.rank * count, count)  # noqa: E731
+        return Part(mine(self.tokens_t), mine(self.positions_t))
+
+
+class Part(NamedTuple):
+    """A rank's tokens."""
+
+    tokens_t: Int[Array, " t"]
+    positions_t: Int[Array, " t"]
+
+
+def forward_packed(model: Model, packed: Packed, cache: tuple[Any, ...], cfg: Config, ranks: Ranks) -> Output:
+    """`transformer.forward` for packed prompts: the hidden states are those of this rank's part of the tokens."""
+    part = packed.part(ranks)
+    x_td, caches, loads = model.embed[part.tokens_t], list(cache), []
+    for i, layer in enumerate(model.layers):
+        x_td, caches[i], load_e = packed_layer(layer, x_td, caches[i], packed, cfg, ranks)
+        if load_e is not None:
+            loads.append(load_e)
+    load_le = jnp.stack(loads) if loads else jnp.zeros((0, 0), jnp.int32)
+    return Output(rms_norm(x_td, model.norm, cfg.norm_eps), tuple(caches), load_le)
+
+
+@partial(jax.jit, static_argnames=("cfg", "ranks"))  # traced once for all layers of a kind
+def packed_layer(
+    p: Layer, x_td: Float[Array, "t d"], cache: Any, packed: Packed, cfg: Config, ranks: Ranks
+) -> tuple[Float[Array, "t d"], Any, Int[Array, " e"] | None]:
+    """`transformer.decoder_layer` for this rank's part of the tokens."""
+    normed_td = rms_norm(x_td, p.attn_norm, cfg.norm_eps)
+    if isinstance(p.attn, Mla):
+        y_td, cache = mla_over_ranks(p.attn, normed_td, cache, packed, cfg, ranks)
+    else:
+        y_td, cache = gqa_over_ranks(p.attn, normed_td, cache, packed, cfg, ranks)
+    valid_t = packed.part(ranks).positions_t >= 0
+    x_td, load_e = feed_forward(p, x_td + y_td, valid_t, cfg, ranks)
+    return x_td, cache, load_e
+
+
+@jax.named_scope("attention")
+def mla_over_ranks(
+    p: Mla, x_td: Float[Array, "t d"], cache: LatentCache, packed: Packed, cfg: Config, ranks: Ranks
+) -> tuple[Float[Array, "t d"], LatentCache]:
+    """Latent attention of this rank's tokens, and the cache with the latents of its sequences."""
+    att = cfg.attention
+    assert isinstance(att, LatentAttention)
+    own = latents(p, x_td, packed.part(ranks), cfg)
+    q_tq, c_tc, k_tr = _gather((compressed(p, x_td), *own), ranks)
+    cache = _extend(cache, LatentCache(c_tc, k_tr), packed)
+    some = replace(att, heads=-(-att.heads // ranks.size))
+    heads = p._replace(**{name: _my_heads(getattr(p, name), some.heads, ranks) for name in ("w_uq", "w_uk", "w_uv")})
+    memory, batch = _memory(cache, LatentCache(c_tc, k_tr), packed, ranks)
+    o_thv = attend_queries(heads, *queries(heads, q_tq, batch, cfg, some), memory, batch, some)
+    return merge_heads(_to_tokens(o_thv, att.heads, ranks), p.w_o), cache
+
+
+@jax.named_scope("attention")
+def gqa_over_ranks(
+    p: Gqa, x_td: Float[Array, "t d"], cache: KeyValueCache, packed: Packed, cfg: Config, ranks: Ranks
+) -> tuple[Float[Array, "t d"], KeyValueCache]:
+    """Grouped-query attention of this rank's tokens, and the cache with the keys and values of its sequences.
+
+    Keys and values are wider than what they are made of: the ranks give each other that, and all make them.
+    """
+    att = cfg.attention
+    assert isinstance(att, GroupedAttention)
+    (x_td,) = _gather((x_td,), ranks)
+    entries = keys_values(p, x_td, packed, cfg)
+    cache = _extend(cache, entries, packed)
+    count = -(-att.heads // ranks.size)
+    memory, batch = _memory(cache, entries, packed, ranks)
+    mine = jnp.minimum(ranks.rank * count + jnp.arange(count), att.heads - 1) // (att.heads // att.kv_heads)
+    memory = jax.tree.map(lambda pages: jnp.take(pages, mine, axis=2), memory)
+    q_thr = rms_norm(einsum("td,hrd->thr", x_td, _my_heads(p.w_q, count, ranks)), p.q_norm, cfg.norm_eps)
+    q_thr = rotate(q_thr, packed.positions_t, cfg.rope)
+    o_thv = attend_grouped(q_thr, memory, batch, replace(att, heads=count, kv_heads=count))
+    return merge_heads(_to_tokens(o_thv, att.heads, ranks), p.w_o), cache
+
+
+def _gather(parts: tuple[Array, ...], ranks: Ranks) -> list[Array]:
+    """Rows of all ranks, several columns in one message."""
+    ends = [sum(part.shape[1] for part in parts[: i + 1]) for i in range(len(parts) - 1)]
+    joined = jax.lax.all_gather(jnp.concatenate(parts, axis=1), ranks.axes, tiled=True)
+    return jnp.split(joined, ends, axis=1)
+
+
+def _extend(cache: Leaf, entries: Leaf, packed: Packed) -> Leaf:
+    """The cache with the entries of this rank's sequences."""
+    known = packed.slots_a < packed.pages_sp.shape[0]
+    positions_t = jnp.where(jnp.repeat(known, packed.tile), packed.positions_t, -1)
+    slots_a = jnp.where(known, packed.slots_a, 0)
+    return write(cache, entries, Batch(packed.tokens_t, positions_t, slots_a, packed.pages_sp))
+
+
+def _memory(cache: Leaf, entries: Leaf, packed: Packed, ranks: Ranks) -> tuple[Leaf, Batch]:
+    """All that attention may look at, in pages of `w` tokens: the past, then the step's own; and the way to them."""
+    w, count = packed.tile, packed.past_slots_p.shape[0]
+    pages = jax.tree.map(lambda rows: rows.reshape(-1, w, *rows.shape[1:]), entries)
+    if count:
+        past = _past(cache, packed, ranks)
+        pages = jax.tree.map(lambda old, new: jnp.concatenate([old.astype(new.dtype), new]), past, pages)
+    longest = packed.pages_sp.shape[1] * jax.tree.leaves(cache)[0].shape[1]
+    place_ap, before_a1 = jnp.arange(-(-longest // w))[None], (packed.starts_a // w)[:, None]
+    own_ap = count + packed.first_a[:, None] + place_ap - before_a1
+    table_ap = jnp.where(place_ap < before_a1, packed.past_a[:, None] + place_ap, own_ap)
+    tiles = jnp.arange(packed.slots_a.shape[0])
+    return pages, Batch(packed.tokens_t, packed.positions_t, tiles, jnp.minimum(table_ap, count + len(tiles) - 1))
+
+
+def _past(cache: Leaf, packed: Packed, ranks: Ranks) -> Leaf:
+    """What the ranks' caches have of the sequences: each rank gives the pages of its own, and zeros for the others'."""
+    b = jax.tree.leaves(cache)[0].shape[1]
+    known_p = packed.past_slots_p < packed.pages_sp.shape[0]
+    places_pw = packed.past_starts_p[:, None] + jnp.arange(packed.tile)[None]
+    ids_pw = packed.pages_sp[jnp.where(known_p, packed.past_slots_p, 0)[:, None], places_pw // b]
+
+    def give(pages):
+        rows = pages[ids_pw, places_pw % b]
+        return jnp.where(known_p.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+
+    return jax.lax.psum(jax.tree.map(give, cache), ranks.axes)
+
+
+def _my_heads(w: Leaf, count: int, ranks: Ranks) -> Leaf:
+    """This rank's heads of a weight whose first axis they are; if they don't divide, the last ranks have zeros."""
+    missing = count * ranks.size - w.shape[0]
+    padded = jnp.pad(w, ((0, missing), *((0, 0),) * (w.ndim - 1)))
+    return jax.lax.dynamic_slice_in_dim(padded, ranks.rank * count, count)
+
+
+def _to_tokens(o_thv: Array, heads: int, ranks: Ranks) -> Array:
+    """From a part of the heads of all tokens to all heads of a part of the tokens."""
+    return jax.lax.all_to_all(o_thv, ranks.axes, split_axis=0, concat_axis=1, tiled=True)[:, :heads]
