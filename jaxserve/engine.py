@@ -20,6 +20,7 @@ from jaxserve.layers.sampling import Logprobs
 from jaxserve.layers.spread import mixtures
 from jaxserve.layers.transformer import Model, cache_params
 from jaxserve.options import EngineConfig
+from jaxserve.packed_prefill import prefill_packed
 from jaxserve.packing import Packer, Spot, row_numbers, spots
 from jaxserve.pages import PagePool
 from jaxserve.parallel.errors import RequestError, ShardingError
@@ -29,7 +30,7 @@ from jaxserve.programs import Programs, Progress, Shapes, Tiles
 from jaxserve.reading import Reading
 from jaxserve.rebalance import Rebalancer
 from jaxserve.request import Logprob, Output, Request, TokenLogprobs
-from jaxserve.scheduler import Chunk, Limits, Plan, Scheduler, Sequence
+from jaxserve.scheduler import Chunk, Limits, Plan, Room, Scheduler, Sequence
 from jaxserve.serving import Memory
 from jaxserve.slots import NONE_ALLOWED, NOT_FINITE, empty, mark
 from jaxserve.spmd import lower
@@ -105,7 +106,7 @@ class Engine:
         self._eos_ids = frozenset([*cfg.eos_ids, *tokenizer.eos_ids])
         self._guides = Guides(tokenizer, cfg.vocab_size, sorted(self._eos_ids))
         self._seeds = np.random.default_rng(options.seed)
-        self._shapes = Shapes.of(options.max_num_batched_tokens, options.max_num_seqs)
+        self._shapes = self._make_shapes()
         pages = sizes.num_pages(cfg, options, model.embed.dtype)
         make_pool = lambda: PagePool(pages, options.page_size, lookahead=min(1, self.drafts))  # noqa: E731
         self._schedulers = [Scheduler(make_pool(), self._limits()) for _ in range(self._devices.count)]
@@ -247,6 +248,12 @@ class Engine:
                 refused.append(error)
         raise refused[0]
 
+    def _make_shapes(self) -> Shapes:
+        sizes = self.options.max_num_batched_tokens, self.options.max_num_seqs
+        if self._devices.mesh is None:
+            return Shapes.of(*sizes)
+        return Shapes.over(self._devices.count, *sizes, self.max_model_len)
+
     def _limits(self) -> Limits:
         o = self.options
         return Limits(
@@ -256,6 +263,7 @@ class Engine:
             drafts=self.drafts,
             queued=o.max_num_queued,
             share=o.enable_prefix_caching,
+            aligned=self._devices.mesh is not None,
         )
 
     def _new(self, request: Request, index: int, rank: int) -> Answer:
@@ -289,6 +297,8 @@ class Engine:
             none = self._devices.same(np.full(MOVES, np.iinfo(np.int32).max, np.int32))
             return lower(move, mesh, mixtures(self._model)[0].experts, none, none)
         given, static = (self._model, self._state, self._table.on_device()), {"cfg": self.cfg, "drafts": self.drafts}
+        if isinstance(shape, Tiles) and mesh:
+            return lower(prefill_packed, mesh, *given, *self._packer.shared_chunks([], shape, {}), **static)
         if isinstance(shape, Tiles):
             return lower(prefill, mesh, *given, *self._packer.chunks([], shape, {}), **static)
         rows = self._packer.rows({}, shape, {})
@@ -297,8 +307,18 @@ class Engine:
     def _plan(self) -> list[Plan]:
         """What each rank does in the next step; all do as many rounds."""
         rounds = self._rounds()
+        if self._devices.mesh is None:
+            return [self._schedulers[0].schedule(rounds)]
         rounds = rounds if all(scheduler.allows(rounds) for scheduler in self._schedulers) else 1
-        return [scheduler.schedule(rounds) for scheduler in self._schedulers]
+        room = Room(
+            self._schedulers[0].limits.tokens // self._shapes.tile, max(shape.past for shape in self._shapes.prefill)
+        )
+        plans: dict[int, Plan] = {}
+        for turn in range(self._devices.count):  # who comes first changes: what is left is of use to all alike
+            rank = (self.counters.steps + turn) % self._devices.count
+            plans[rank] = plan = self._schedulers[rank].schedule(rounds, room)
+            room = room.without(plan.chunks, self._shapes.tile)
+        return [plans[rank] for rank in range(self._devices.count)]
 
     def _launch(self, plans: list[Plan]) -> Launched | None:
         chunks, rows = [c for plan in plans for c in plan.chunks], [s for plan in plans for s in plan.rows]
@@ -347,9 +367,12 @@ class Engine:
     def _prefill(
         self, chunks_r: list[tuple[Chunk, ...]], guides: dict[Sequence, Guide]
     ) -> tuple[list[Spot], Prefilled]:
-        shape = self._shapes.for_chunks([[chunk.size for chunk in chunks] for chunks in chunks_r])
-        packed = list(spots(chunks_r, shape))
-        pack, masks = self._packer.chunks(packed, shape, guides)
+        chunks, width = [chunk for chunks in chunks_r for chunk in chunks], self._shapes.tile
+        on_mesh = self._devices.mesh is not None
+        past = sum(chunk.start // width for chunk in chunks) if on_mesh else 0
+        shape = self._shapes.for_chunks((chunk.size for chunk in chunks), past)
+        packed = list(spots(chunks_r, shape.width, self._packer.rows_each(shape)))
+        pack, masks = (self._packer.shared_chunks if on_mesh else self._packer.chunks)(packed, shape, guides)
         result, self._state = self._programs[shape](self._model, self._state, self._table.on_device(), pack, masks)
         return packed, _send(result)
 
@@ -434,7 +457,7 @@ class Engine:
     def _read_known(self, chunks: tuple[tuple[Spot, int], ...], known: Logprobs) -> None:
         """Notes how probable the prompt's tokens were, where that is asked for."""
         report = None
-        for (chunk, begin, _), epoch in chunks:
+        for (chunk, begin, *_), epoch in chunks:
             s, wanted = chunk.sequence, chunk.sequence.request.params.prompt_logprobs
             if s.epoch != epoch or not s.whole or wanted is None:
                 continue

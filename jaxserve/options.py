@@ -30,7 +30,7 @@ _LEAST = {
 class EngineConfig:
     """The options of an engine, by vLLM's names where it has one. None changes a token that is generated, but the seed.
 
-    On a mesh, answers, tokens of a step, pages and bytes are those of each device.
+    On a mesh, answers, pages and bytes are those of each device; prompts' tokens are those of a step of all together.
 
     max_num_seqs            answers that are generated together
     max_model_len           tokens of a prompt and its answer; None: the model's positions, at most 8192

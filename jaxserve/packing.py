@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxserve.guidance import Guide
+from jaxserve.packed_prefill import SharedPack
 from jaxserve.parallel.sharding import Devices
 from jaxserve.programs import Tiles
 from jaxserve.scheduler import Chunk, Sequence
@@ -18,11 +19,12 @@ Guides = Mapping[Sequence, Guide]
 
 
 class Spot(NamedTuple):
-    """Where a chunk is in a step of all ranks."""
+    """Where a chunk is in a step."""
 
     chunk: Chunk
     begin: int  # of its tokens
     row: int | None  # of its next token, if it completes its sequence
+    past: int = 0  # where that of its sequence begins, in tiles
 
 
 class Packer:
@@ -38,8 +40,8 @@ class Packer:
 
     def chunks(self, spots: Items[Spot], shape: Tiles, guides: Guides) -> tuple[Pack, Masks]:
         """Each chunk begins a tile; those that complete their sequences have a row of their rank's."""
-        columns = _padding(shape, self._nobody, self._devices.count)
-        for chunk, begin, row in spots:
+        columns = _padding(shape, self._nobody)
+        for chunk, begin, row, _ in spots:
             s, end = chunk.sequence, begin + chunk.size
             columns["tokens_t"][begin:end] = s.tokens[chunk.start : chunk.end]
             following = s.tokens[chunk.start + 1 : chunk.end + 1]
@@ -47,11 +49,33 @@ class Packer:
             columns["positions_t"][begin:end] = np.arange(chunk.start, chunk.end)
             columns["slots_a"][begin // shape.width : -(-end // shape.width)] = s.slot
             if row is not None:
-                columns["rows_a"][row], columns["last_a"][row] = s.slot, (end - 1) % shape.tokens
-        reported = self._devices.same(np.array(any(spot.chunk.sequence.whole for spot in spots)))
-        rows = {spot.row: spot.chunk.sequence for spot in spots if spot.row is not None}
-        masks = self._masks(rows, shape.number * self._devices.count, 0, guides)
-        return Pack(**self._devices.split(columns), reported=reported), masks
+                columns["rows_a"][row], columns["last_a"][row] = s.slot, end - 1
+        columns["reported"] = np.array(any(spot.chunk.sequence.whole for spot in spots))
+        return Pack(**self._devices.same(columns)), self._masks(_completed(spots), shape.number, 0, guides)
+
+    def shared_chunks(self, spots: Items[Spot], shape: Tiles, guides: Guides) -> tuple[SharedPack, Masks]:
+        """Chunks of all ranks, one after another. A rank has rows for as many as it has slots, or there are tiles."""
+        ranks, size, w = self._devices.count, self.rows_each(shape), shape.width
+        known, own = _shared_padding(shape, size * ranks), _owned_padding(shape, size, ranks, self._nobody)
+        for chunk, begin, row, past in spots:
+            s, end, tile, before = chunk.sequence, begin + chunk.size, begin // w, chunk.start // w
+            tiles = slice(tile, -(-end // w))
+            known["tokens_t"][begin:end] = s.tokens[chunk.start : chunk.end]
+            following = s.tokens[chunk.start + 1 : chunk.end + 1]
+            known["next_t"][begin : begin + len(following)] = following
+            known["positions_t"][begin:end] = np.arange(chunk.start, chunk.end)
+            known["first_a"][tiles], known["starts_a"][tiles], known["past_a"][tiles] = tile, chunk.start, past
+            known["past_starts_p"][past : past + before] = w * np.arange(before)
+            own["slots_a"][s.rank, tiles] = own["past_slots_p"][s.rank, past : past + before] = s.slot
+            if row is not None:
+                own["rows_s"][divmod(row, size)], known["last_s"][row] = s.slot, end - 1
+        known["reported"] = np.array(any(spot.chunk.sequence.whole for spot in spots))
+        split = self._devices.split({name: column.reshape(-1) for name, column in own.items()})
+        return SharedPack(**self._devices.same(known), **split), self._masks(_completed(spots), size * ranks, 0, guides)
+
+    def rows_each(self, shape: Tiles) -> int:
+        """Rows of a rank in a prefill step."""
+        return min(shape.number, self._nobody)
 
     def rows(self, rows: Mapping[int, Sequence], size: int, guides: Guides) -> tuple[jax.Array, Masks]:
         """The slots of the sequences that go on, at their rows, `size` for each rank; the others are none."""
@@ -82,13 +106,15 @@ class Packer:
         return masks
 
 
-def spots(chunks_r: Items[Items[Chunk]], shape: Tiles) -> Iterator[Spot]:
-    """The chunks of each rank, one after another from the beginning of its part on."""
+def spots(chunks_r: Items[Items[Chunk]], width: int, rows: int) -> Iterator[Spot]:
+    """The chunks of the ranks, one after another in tiles of this width; each rank has so many rows."""
+    begin = past = 0
     for rank, chunks in enumerate(chunks_r):
-        begin, row = rank * shape.tokens, rank * shape.number
+        row = rank * rows
         for chunk in chunks:
-            yield Spot(chunk, begin, row if chunk.completes else None)
-            begin += -(-chunk.size // shape.width) * shape.width
+            yield Spot(chunk, begin, row if chunk.completes else None, past)
+            begin += -(-chunk.size // width) * width
+            past += chunk.start // width
             row += chunk.completes
 
 
@@ -97,14 +123,36 @@ def row_numbers(rows_r: Items[Items[Sequence]], size: int) -> dict[int, Sequence
     return {rank * size + place: s for rank, rows in enumerate(rows_r) for place, s in enumerate(rows)}
 
 
-def _padding(shape: Tiles, nobody: int, ranks: int) -> dict[str, Any]:
+def _completed(spots: Items[Spot]) -> dict[int, Sequence]:
+    """The sequences that have rows, by these."""
+    return {spot.row: spot.chunk.sequence for spot in spots if spot.row is not None}
+
+
+def _padding(shape: Tiles, nobody: int) -> dict[str, Any]:
     """The columns of a `Pack` without chunks."""
-    tokens, tiles = shape.tokens * ranks, shape.number * ranks
     return {
-        "tokens_t": np.zeros(tokens, np.int32),
-        "next_t": np.zeros(tokens, np.int32),
-        "positions_t": np.full(tokens, -1, np.int32),
-        "slots_a": np.zeros(tiles, np.int32),
-        "rows_a": np.full(tiles, nobody, np.int32),
-        "last_a": np.full(tiles, shape.tokens, np.int32),
+        "tokens_t": np.zeros(shape.tokens, np.int32),
+        "next_t": np.zeros(shape.tokens, np.int32),
+        "positions_t": np.full(shape.tokens, -1, np.int32),
+        "slots_a": np.zeros(shape.number, np.int32),
+        "rows_a": np.full(shape.number, nobody, np.int32),
+        "last_a": np.full(shape.number, shape.tokens, np.int32),
     }
+
+
+def _shared_padding(shape: Tiles, rows: int) -> dict[str, Any]:
+    """What all ranks know of a `SharedPack` without chunks."""
+    return {
+        "tokens_t": np.zeros(shape.tokens, np.int32),
+        "next_t": np.zeros(shape.tokens, np.int32),
+        "positions_t": np.full(shape.tokens, -1, np.int32),
+        **{name: np.zeros(shape.number, np.int32) for name in ("first_a", "starts_a", "past_a")},
+        "past_starts_p": np.zeros(shape.past, np.int32),
+        "last_s": np.full(rows, shape.tokens, np.int32),
+    }
+
+
+def _owned_padding(shape: Tiles, rows: int, ranks: int, nobody: int) -> dict[str, Any]:
+    """What is each rank's own of it."""
+    sizes = {"slots_a": shape.number, "past_slots_p": shape.past, "rows_s": rows}
+    return {name: np.full((ranks, size), nobody, np.int32) for name, size in sizes.items()}

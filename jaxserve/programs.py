@@ -9,10 +9,11 @@ Progress = Callable[[int, int], None]
 
 
 class Tiles(NamedTuple):
-    """The shape of a prefill step: so many tiles of so many tokens each."""
+    """The shape of a prefill step: so many tiles of so many tokens each, and on a mesh so many of the past."""
 
     number: int
     width: int
+    past: int = 0
 
     @property
     def tokens(self) -> int:
@@ -44,12 +45,20 @@ class Shapes(NamedTuple):
         """Tokens that a chunk is filled up to a multiple of."""
         return self.prefill[0].width
 
-    def for_chunks(self, sizes_r: Iterable[Iterable[int]]) -> Tiles:
-        """The smallest that holds each rank's chunks of these sizes, none of which shares a tile with another."""
-        all_sizes = [list(sizes) for sizes in sizes_r]
-        need = lambda width: max(sum(-(-size // width) for size in sizes) for sizes in all_sizes)  # noqa: E731
-        fits = (t for t in self.prefill if need(t.width) <= t.number)
-        return min(fits, key=lambda t: (t.tokens, t.number))
+    @classmethod
+    def over(cls, ranks: int, tokens: int, slots: int, longest: int) -> "Shapes":
+        """For the ranks of a mesh: prompt tokens of all, in equal parts; sequences of each; tokens of the longest."""
+        most = -(-16 // ranks) * ranks
+        width = -(-tokens // most)
+        numbers = [ranks * 4**i for i in range(16) if ranks * 4**i < most] + [most]
+        pasts = 0, -(-longest // width)
+        return cls(tuple(Tiles(n, width, past) for n in numbers for past in pasts), cls.of(tokens, slots).decode)
+
+    def for_chunks(self, sizes: Iterable[int], past: int = 0) -> Tiles:
+        """The smallest that holds chunks of these sizes, none of which shares a tile with another, and the past."""
+        sizes = list(sizes)
+        fits = (t for t in self.prefill if past <= t.past and sum(-(-size // t.width) for size in sizes) <= t.number)
+        return min(fits, key=lambda t: (t.tokens, t.number, t.past))
 
     def for_rows(self, count: int) -> int:
         return next(rows for rows in self.decode if rows >= count)

@@ -9,6 +9,7 @@ most (`ahead`), and reserves pages for those.
 """
 
 import heapq
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -100,6 +101,19 @@ class Limits(NamedTuple):
     drafts: int = 0  # guessed tokens that a row verifies in a step
     queued: int | None = None  # sequences that wait
     share: bool = True  # what was computed for one sequence serves others that begin alike
+    aligned: bool = False  # chunks begin at multiples of a tile, so hits end there
+
+
+class Room(NamedTuple):
+    """What a step that several schedulers share has left for chunks."""
+
+    tiles: int
+    past: int  # tiles of tokens before the chunks, of their sequences
+
+    def without(self, chunks: Iterable["Chunk"], tile: int) -> "Room":
+        """What some chunks leave of it."""
+        used = [(-(-chunk.size // tile), chunk.start // tile) for chunk in chunks]
+        return Room(self.tiles - sum(size for size, _ in used), self.past - sum(before for _, before in used))
 
 
 class Scheduler:
@@ -147,14 +161,18 @@ class Scheduler:
         """Queues a sequence."""
         heapq.heappush(self._waiting, sequence)
 
-    def schedule(self, rounds: int = 1) -> Plan:
+    def schedule(self, rounds: int = 1, room: Room | None = None) -> Plan:
         """Plans a step, and takes it as launched: what it computes is in the cache for every later one.
+
+        Chunks fill what the rows leave of the step, at least one tile, so that neither starves the other; in a step for
+        several schedulers, the `room` that is left.
 
         It has as many rounds as are asked for only if nobody waits for its end, and nobody is preempted for them.
         """
         rounds = rounds if self.allows(rounds) else 1
         able = [(s, s.epoch) for s in list(self.running) if self._can_go_on(s) and self._reserve_row(s, rounds)]
-        chunks = tuple(self._chunks(len(able)))
+        left = (self.limits.tokens - len(able) * (1 + self.limits.drafts)) // self.limits.tile
+        chunks = tuple(self._chunks(room or Room(max(1, left), past=sys.maxsize)))
         rows = tuple(s for s, epoch in able if s.epoch == epoch)  # a chunk may have preempted some
         for s in rows:
             self._launched(s, rounds)
@@ -236,13 +254,11 @@ class Scheduler:
             self.preempt(last)
         return True
 
-    def _chunks(self, rows: int) -> Iterator[Chunk]:
-        """Chunks for what the rows leave of the step, at least one tile: neither starves the other."""
-        tile = self.limits.tile
-        tiles = max(1, (self.limits.tokens - rows * (1 + self.limits.drafts)) // tile)
-        for s in self._behind():
-            size = min(len(s.tokens) - s.computed, tiles * tile)
-            if not self._reserve(s, s.computed + size):
+    def _chunks(self, room: Room) -> Iterator[Chunk]:
+        tile, (tiles, past) = self.limits.tile, room
+        for s in self._behind() if tiles else ():
+            size, before = min(len(s.tokens) - s.computed, tiles * tile), s.computed // tile
+            if before > past or not self._reserve(s, s.computed + size):
                 return
             chunk = Chunk(s, s.computed, s.computed + size, s.fresh)
             s.computed, s.fresh = chunk.end, False
@@ -251,7 +267,7 @@ class Scheduler:
                 s.caught_up = True
                 self._launched(s, None)
             yield chunk
-            tiles -= -(-size // tile)
+            tiles, past = tiles - -(-size // tile), past - before
             if not tiles:
                 return
 
@@ -270,6 +286,8 @@ class Scheduler:
         """
         s.keys = self.pool.keys(s.tokens, s.keys) if self.limits.share else []
         found = [] if s.whole else self.pool.find(s.tokens, s.keys[: (len(s.tokens) - 1) // self.pool.page_size])
+        while self.limits.aligned and len(found) * self.pool.page_size % self.limits.tile:
+            found.pop()
         self.pool.share(found)
         if self._needed(s, len(s.tokens)) - len(found) > self.pool.available:
             self.pool.release(found)

@@ -1,7 +1,7 @@
 """The engine's programs over the ranks of a mesh: each rank runs them for its own sequences, and for its experts.
 
 What belongs to sequences is split over the ranks along its first axis, and numbers of slots and pages are those of a
-rank; so on a rank the programs see what they see on a single device. The ranks meet in the exchange of tokens alone.
+rank; so on a rank `decode` sees what it sees on a single device, and ranks meet in the exchange of tokens alone.
 """
 
 from functools import lru_cache, partial
@@ -10,11 +10,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxserve.packed_prefill import SharedPack, prefill_packed
 from jaxserve.parallel.dispatch import Ranks
 from jaxserve.parallel.mesh import AXES
 from jaxserve.parallel.transfer import move
 from jaxserve.slots import mark
-from jaxserve.steps import Chosen, Pack, Prefilled, decode, prefill
+from jaxserve.steps import Chosen, Prefilled, decode
 
 SAME, SPLIT, ROUNDS_FIRST = PartitionSpec(), PartitionSpec(AXES), PartitionSpec(None, AXES)
 
@@ -25,22 +26,28 @@ def _each(fields: Any, spec: PartitionSpec, **others: PartitionSpec) -> Any:
 
 CHOSEN = _each(Chosen, ROUNDS_FIRST, wide=SAME)
 TAKES = {  # after the model and the state
-    prefill: (SPLIT, _each(Pack, SPLIT, reported=SAME), SPLIT),
+    prefill_packed: (SPLIT, _each(SharedPack, SAME, slots_a=SPLIT, past_slots_p=SPLIT, rows_s=SPLIT), SPLIT),
     decode: (SPLIT, SPLIT, SPLIT, SAME, SAME),
     mark: (SPLIT, SAME, SAME, SAME),
     move: (SAME, SAME),
 }
-GIVES = {prefill: (_each(Prefilled, SPLIT, chosen=CHOSEN), SPLIT), decode: (CHOSEN, SPLIT), mark: SPLIT, move: SPLIT}
+GIVES = {
+    prefill_packed: (_each(Prefilled, SPLIT, chosen=CHOSEN), SPLIT),
+    decode: (CHOSEN, SPLIT),
+    mark: SPLIT,
+    move: SPLIT,
+}
 
 
 def lower(program: Any, mesh: Mesh | None, *given: Any, **static: Any) -> Any:
     """Traces one of the programs for what it is given: on one device, or on a mesh.
 
-    They are `prefill` and `decode` of `steps`, `slots.mark`, and on meshes alone `transfer.move`.
+    They are `steps.decode`, `slots.mark`; on one device `steps.prefill`, on meshes `prefill_packed` and
+    `transfer.move`.
     """
     if mesh is None:
         return program.lower(*given, **static)
-    weights = (jax.tree.map(lambda leaf: leaf.sharding.spec, given[0]),) if program in (prefill, decode) else ()
+    weights = (jax.tree.map(lambda leaf: leaf.sharding.spec, given[0]),) if program in (prefill_packed, decode) else ()
     return _over(program, mesh, weights, **static).lower(*given)
 
 

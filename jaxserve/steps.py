@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.batch import Batch, Rows
 from jaxserve.layers.config import Config
-from jaxserve.layers.mtp import draft, follow
+from jaxserve.layers.mtp import Draft, draft, follow
 from jaxserve.layers.sampling import Logprobs, entropy, logprobs, sample
 from jaxserve.layers.transformer import Model, forward, logits
 from jaxserve.parallel.dispatch import Ranks
@@ -99,13 +99,13 @@ def prefill(
     choice = choose(scores_su, start_s, none_sk, rows_s, slots, table, masks)
     count_s = (start_s >= 0).astype(jnp.int32)
     advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s)
-    state = State(advanced, out.cache, _counted(state.load, out.load_le, ranks))
+    state = State(advanced, out.cache, counted(state.load, out.load_le, ranks))
     if drafts:
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
         following, last = batch._replace(tokens_t=following_t), Rows(pack.last_a, rows_s)
         state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts, ranks)
-    chosen = jax.tree.map(lambda column: column[None], _chosen(choice, count_s, state.slots, rows_s, drafts))
-    return Prefilled(chosen, _known(model, out.hidden_td, pack)), state
+    chosen = jax.tree.map(lambda column: column[None], chosen_of(choice, count_s, state.slots, rows_s, drafts))
+    return Prefilled(chosen, known_of(model, out.hidden_td, pack.next_t, pack.slots_a.shape[0], pack.reported)), state
 
 
 @partial(jax.jit, static_argnames=("cfg", "drafts", "ranks"), donate_argnames="state")
@@ -160,7 +160,7 @@ def _verify(
     right_sk = (choice.tokens_sw[:, :-1] == guesses_sk) & (places_sw[:, 1:] >= 0)
     count_s = jnp.where(places_sw[:, 0] >= 0, 1 + jnp.cumprod(right_sk, axis=1, dtype=jnp.int32).sum(axis=1), 0)
     advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s + 1, count_s)
-    state = State(advanced, out.cache, _counted(state.load, out.load_le, ranks))
+    state = State(advanced, out.cache, counted(state.load, out.load_le, ranks))
     if drafts:
         kept_sw = jnp.arange(width)[None] < count_s[:, None]
         following = batch._replace(
@@ -169,7 +169,7 @@ def _verify(
         last = Rows(jnp.arange(len(rows_s)) * width + jnp.maximum(count_s - 1, 0), rows_s)
         idle = _crowded(state.slots, rows_s, gate, ranks) if width == 1 else None
         state = _follow(model, out.hidden_td, following, last, state, table, cfg, drafts, ranks, idle)
-    return _chosen(choice, count_s, state.slots, rows_s, drafts), state
+    return chosen_of(choice, count_s, state.slots, rows_s, drafts), state
 
 
 def _pays(slots: Slots, rows_s: Array, gate: Gate, ranks: Ranks | None) -> Bool[Array, ""]:
@@ -201,7 +201,8 @@ def _follow(
     rows_s, slots, at = last.slots_s, state.slots, cfg.layers
 
     def guess(cache):
-        return _guess(model, hidden_td, following, last, slots, cache, table, cfg, drafts, ranks)
+        first = draft(model, model.mtp[0], hidden_td, following, cache, cfg, last, ranks)
+        return guess_on(model, first, rows_s, slots, table, cfg, drafts, ranks)
 
     def only_follow(cache):
         cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
@@ -210,6 +211,12 @@ def _follow(
 
     given = state.cache[at]
     made = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
+    return keep(state, made, rows_s, cfg)
+
+
+def keep(state: State, made: Guesses, rows_s: Int[Array, " s"], cfg: Config) -> State:
+    """The state with the guesses at what some sequences say next, and the module's cache."""
+    slots, at = state.slots, cfg.layers
     slots = slots._replace(
         drafts_sk=slots.drafts_sk.at[rows_s].set(made.drafts_sk, mode="drop"),
         entropy_s=slots.entropy_s.at[rows_s].set(made.entropy_s, mode="drop"),
@@ -218,38 +225,38 @@ def _follow(
     return State(slots, (*state.cache[:at], made.cache, *state.cache[at + 1 :]), load)
 
 
-def _counted(load: Array, load_le: Int[Array, "l e"], ranks: Ranks | None) -> Array:
+def counted(load: Array, load_le: Int[Array, "l e"], ranks: Ranks | None) -> Array:
     """The load so far, with that of the model's own layers in one step; on a single device nobody wants it."""
     layers = load_le.shape[0]
     return load.at[0, :layers].add(load_le) if ranks and layers else load
 
 
 @jax.named_scope("guess")
-def _guess(
-    model: Model, hidden_td: Array, following: Batch, last: Rows, slots: Slots, cache: Any, table: Table, cfg: Config,
-    drafts: int, ranks: Ranks | None,
+def guess_on(
+    model: Model, first: Draft, rows_s: Int[Array, " s"], slots: Slots, table: Table, cfg: Config, drafts: int,
+    ranks: Ranks | None,
 ) -> Guesses:  # fmt: skip
-    """The tokens after the `last` of each sequence, by the module's account.
+    """The tokens after the last of each sequence, by the module's account, which has computed the `first`.
 
-    For guesses after the first, the module goes on from its own state. A guess is drawn with the noise that the model's
+    For guesses after it, the module goes on from its own state. A guess is drawn with the noise that the model's
     choice at its place will be drawn with.
     """
-    rows_s, wanted, guesses, scores, loads = last.slots_s, last, [], [], []
     sampling = jax.tree.map(lambda column: take(column, rows_s), table.sampling)
-    place_s = take(slots.positions_s, rows_s)
+    place_s, made = take(slots.positions_s, rows_s), [first]
+    scores, guesses = [], []
     for i in range(drafts):
         if i:
             at_s = places(jnp.where(place_s < 0, -1, place_s + i - 1), take(table.limits_s, rows_s), 1)[:, 0]
-            following, wanted = Batch(guesses[-1], at_s, rows_s, table.pages_sp), None
-        hidden_td, cache, load_e = draft(model, model.mtp[0], hidden_td, following, cache, cfg, wanted, ranks)
-        loads.append(load_e)
-        scores.append(logits(model, hidden_td))
+            following = Batch(guesses[-1], at_s, rows_s, table.pages_sp)
+            made.append(draft(model, model.mtp[0], made[-1].hidden_td, following, made[-1].cache, cfg, None, ranks))
+        scores.append(logits(model, made[-1].hidden_td))
         guesses.append(sample(scores[-1], place_s + 1 + i, sampling))
-    load_e = jnp.stack(loads).sum(axis=0) if ranks and cfg.experts else None
-    return Guesses(cache, jnp.stack(guesses, axis=1), entropy(scores[0]), load_e)
+    loads = [each.load_e for each in made if each.load_e is not None]
+    load_e = jnp.stack(loads).sum(axis=0) if ranks and loads else None
+    return Guesses(made[-1].cache, jnp.stack(guesses, axis=1), entropy(scores[0]), load_e)
 
 
-def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:
+def chosen_of(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts: int) -> Chosen:
     """The choice, as wide as guesses may make it."""
     missing = 1 + drafts - choice.tokens_sw.shape[1]
     fill = lambda column: jnp.pad(column, ((0, 0), (0, missing), *((0, 0),) * (column.ndim - 2)))  # noqa: E731
@@ -258,13 +265,15 @@ def _chosen(choice: Choice, count_s: Array, slots: Slots, rows_s: Array, drafts:
     return Chosen(tokens_sw, count_s, status_sw, report, take(slots.drafts_sk, rows_s), wide)
 
 
-def _known(model: Model, hidden_td: Array, pack: Pack) -> Logprobs:
+def known_of(
+    model: Model, hidden_td: Array, next_t: Int[Array, " t"], tiles: int, reported: Bool[Array, ""]
+) -> Logprobs:
     """Log-probabilities of the known next tokens, if wanted; a tile at a time: the scores of all would not fit."""
-    t, a, top = hidden_td.shape[0], pack.slots_a.shape[0], min(TOP, model.embed.shape[0])
-    tiles = hidden_td.reshape(a, t // a, -1), jnp.maximum(pack.next_t, 0).reshape(a, t // a)
+    t, top = hidden_td.shape[0], min(TOP, model.embed.shape[0])
+    each = hidden_td.reshape(tiles, t // tiles, -1), jnp.maximum(next_t, 0).reshape(tiles, t // tiles)
 
     def compute():
-        found = jax.lax.map(lambda tile: logprobs(logits(model, tile[0]), tile[1], top), tiles)
+        found = jax.lax.map(lambda tile: logprobs(logits(model, tile[0]), tile[1], top), each)
         return jax.tree.map(lambda column: column.reshape(t, *column.shape[2:]), found)
 
-    return report_if(pack.reported, compute, t, top)
+    return report_if(reported, compute, t, top)

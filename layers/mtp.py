@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.batch import Batch, Rows, pick
 from jaxserve.layers.config import Config
+from jaxserve.layers.dims import AnyArray
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.transformer import Model, Mtp, extend_cache, layer_output
@@ -36,7 +37,7 @@ def draft(
     The state is the one after the model's last norm, and the embedding comes first, as in published serving code
     (the paper's eq. 21 writes them the other way round).
     """
-    x_td = _join(model, mtp, hidden_td, batch, cfg)
+    x_td = join(model, mtp, hidden_td, batch.tokens_t, cfg)
     cache = extend_cache(mtp.layer, x_td, cache, batch, cfg)
     if wanted is not None:
         x_td, batch = jnp.take(x_td, wanted.index_s, axis=0, mode="clip"), pick(batch, wanted)
@@ -47,10 +48,11 @@ def draft(
 @jax.named_scope("draft")
 def follow(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch, cache: Any, cfg: Config) -> Any:
     """The module's cache after `draft`, if no result is wanted."""
-    return extend_cache(mtp.layer, _join(model, mtp, hidden_td, batch, cfg), cache, batch, cfg)
+    return extend_cache(mtp.layer, join(model, mtp, hidden_td, batch.tokens_t, cfg), cache, batch, cfg)
 
 
-def _join(model: Model, mtp: Mtp, hidden_td: Array, batch: Batch, cfg: Config) -> Float[Array, "t d"]:
-    embedded_td = rms_norm(model.embed[batch.tokens_t], mtp.embed_norm, cfg.norm_eps)
+def join(model: Model, mtp: Mtp, hidden_td: Array, tokens_t: AnyArray, cfg: Config) -> Float[Array, "t d"]:
+    """What the module's layer computes from: hidden states, and the embeddings of the tokens that follow them."""
+    embedded_td = rms_norm(model.embed[tokens_t], mtp.embed_norm, cfg.norm_eps)
     joined_tz = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
     return einsum("tz,dz->td", joined_tz, mtp.w_join)

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.attention import Gqa, KeyValueCache, attend_grouped, keys_values, merge_heads
-from jaxserve.layers.batch import Batch, write
+from jaxserve.layers.batch import Batch, Rows, write
 from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
 from jaxserve.layers.dims import AnyArray, Leaf
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.mla import LatentCache, Mla, attend_queries, compressed, latents, queries
+from jaxserve.layers.mtp import Draft, join
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import rotate
-from jaxserve.layers.transformer import Layer, Model, Output, feed_forward
+from jaxserve.layers.transformer import Layer, Model, Mtp, Output, feed_forward, layer_output
 from jaxserve.parallel.dispatch import Ranks
 
 
@@ -52,9 +53,7 @@ class Packed(NamedTuple):
 
     def part(self, ranks: Ranks) -> "Part":
         """The tokens that this rank computes."""
-        count = self.tokens_t.shape[0] // ranks.size
-        mine = lambda column: jax.lax.dynamic_slice_in_dim(column, ranks.rank * count, count)  # noqa: E731
-        return Part(mine(self.tokens_t), mine(self.positions_t))
+        return Part(mine(self.tokens_t, ranks), mine(self.positions_t, ranks))
 
 
 class Part(NamedTuple):
@@ -123,12 +122,56 @@ def gqa_over_ranks(
     cache = _extend(cache, entries, packed)
     count = -(-att.heads // ranks.size)
     memory, batch = _memory(cache, entries, packed, ranks)
-    mine = jnp.minimum(ranks.rank * count + jnp.arange(count), att.heads - 1) // (att.heads // att.kv_heads)
-    memory = jax.tree.map(lambda pages: jnp.take(pages, mine, axis=2), memory)
+    heads = jnp.minimum(ranks.rank * count + jnp.arange(count), att.heads - 1)
+    memory = jax.tree.map(lambda pages: jnp.take(pages, heads // (att.heads // att.kv_heads), axis=2), memory)
     q_thr = rms_norm(einsum("td,hrd->thr", x_td, _my_heads(p.w_q, count, ranks)), p.q_norm, cfg.norm_eps)
     q_thr = rotate(q_thr, packed.positions_t, cfg.rope)
     o_thv = attend_grouped(q_thr, memory, batch, replace(att, heads=count, kv_heads=count))
     return merge_heads(_to_tokens(o_thv, att.heads, ranks), p.w_o), cache
+
+
+@jax.named_scope("draft")
+def draft_packed(
+    model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], packed: Packed, cache: Any, last: Rows, cfg: Config,
+    ranks: Ranks,
+) -> Draft:  # fmt: skip
+    """`mtp.draft` for this rank's part of packed prompts, whose `tokens_t` are the next ones.
+
+    The results are those of the `last` tokens of some sequences, on the ranks that these belong to: `index_s` says for
+    all ranks where they are, `slots_s` which of this rank's slots they have.
+    """
+    x_td = join(model, mtp, hidden_td, packed.part(ranks).tokens_t, cfg)
+    cache = _extend(cache, _entries(mtp.layer, x_td, packed, cfg, ranks), packed)
+    positions_s = jnp.take(packed.positions_t, mine(last.index_s, ranks), mode="fill", fill_value=-1)
+    batch = Batch(jnp.zeros_like(positions_s), positions_s, last.slots_s, packed.pages_sp)
+    x_sd, load_e = layer_output(mtp.layer, to_owners(x_td, last.index_s, ranks), cache, batch, cfg, ranks)
+    return Draft(rms_norm(x_sd, mtp.norm, cfg.norm_eps), cache, load_e)
+
+
+def to_owners(x_td: Float[Array, "t d"], index_s: Int[Array, " s"], ranks: Ranks) -> Float[Array, "rows d"]:
+    """The states of some tokens, wherever they were computed, on the ranks that want them.
+
+    `index_s` are their places among all tokens, as many for each rank, one rank's after another's. A place past the
+    last is none.
+    """
+    here_s = index_s - ranks.rank * x_td.shape[0]
+    held_s = (here_s >= 0) & (here_s < x_td.shape[0])
+    rows = jnp.where(held_s[:, None], jnp.take(x_td, here_s, axis=0, mode="clip"), 0)
+    return jax.lax.psum_scatter(rows, ranks.axes, tiled=True)
+
+
+def mine(column: AnyArray, ranks: Ranks) -> Array:
+    """This rank's part of a column that all have."""
+    count = column.shape[0] // ranks.size
+    return jax.lax.dynamic_slice_in_dim(jnp.asarray(column), ranks.rank * count, count)
+
+
+def _entries(p: Layer, x_td: Array, packed: Packed, cfg: Config, ranks: Ranks) -> LatentCache | KeyValueCache:
+    """What all tokens leave in the cache."""
+    normed_td = rms_norm(x_td, p.attn_norm, cfg.norm_eps)
+    if isinstance(p.attn, Mla):
+        return LatentCache(*_gather(tuple(latents(p.attn, normed_td, packed.part(ranks), cfg)), ranks))
+    return keys_values(p.attn, _gather((normed_td,), ranks)[0], packed, cfg)
 
 
 def _gather(parts: tuple[Array, ...], ranks: Ranks) -> list[Array]:

@@ -30,8 +30,8 @@ EMBEDDED_SIZE: dict[str, Any] = SIZE | {"max_num_seqs": 16, "page_size": 16, "sp
 """Of those that serve the embedded model."""
 
 EMBEDDED_SHAPES = Shapes(prefill=(Tiles(2, 8), Tiles(16, 8)), decode=(1, 16))
-MESH_SHAPES = Shapes(prefill=(Tiles(16, 8),), decode=(4,))
-"""Of each rank: all sixteen of a test's answers run, two on each of eight."""
+MESH_SHAPES = Shapes(prefill=(Tiles(16, 8), Tiles(16, 8, past=16)), decode=(4,))
+"""All sixteen of a test's answers run, two on each of eight ranks."""
 
 
 def with_few_shapes(engine: Engine, shapes: Shapes | None = None) -> Engine:

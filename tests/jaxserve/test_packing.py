@@ -32,7 +32,7 @@ def packer():
 
 def test_each_chunk_begins_a_tile_and_is_filled_up_with_padding(packer):
     chunks = [Chunk(sequence(2, range(10, 16)), 0, 6, True), Chunk(sequence(1, range(20, 29)), 4, 8, False)]
-    pack, _ = packer.chunks(list(spots([chunks], Tiles(4, 4))), Tiles(4, 4), {})
+    pack, _ = packer.chunks(list(spots([chunks], 4, 4)), Tiles(4, 4), {})
     assert pack.tokens_t.tolist() == [10, 11, 12, 13, 14, 15, 0, 0, 24, 25, 26, 27, 0, 0, 0, 0]
     assert pack.positions_t.tolist() == [0, 1, 2, 3, 4, 5, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1]
     assert pack.slots_a.tolist()[:3] == [2, 2, 1]
@@ -40,14 +40,14 @@ def test_each_chunk_begins_a_tile_and_is_filled_up_with_padding(packer):
 
 def test_the_next_token_is_given_where_it_is_known(packer):
     chunks = [Chunk(sequence(2, range(10, 16)), 0, 6, True), Chunk(sequence(1, range(20, 29)), 4, 8, False)]
-    pack, _ = packer.chunks(list(spots([chunks], Tiles(4, 4))), Tiles(4, 4), {})
+    pack, _ = packer.chunks(list(spots([chunks], 4, 4)), Tiles(4, 4), {})
     assert pack.next_t.tolist()[:5] == [11, 12, 13, 14, 15]
     assert pack.next_t.tolist()[8:12] == [25, 26, 27, 28]
 
 
 def test_only_chunks_that_complete_their_sequence_get_a_row(packer):
     chunks = [Chunk(sequence(1, range(20, 29)), 4, 8, False), Chunk(sequence(2, range(10, 13)), 0, 3, True)]
-    pack, _ = packer.chunks(list(spots([chunks], Tiles(4, 4))), Tiles(4, 4), {})
+    pack, _ = packer.chunks(list(spots([chunks], 4, 4)), Tiles(4, 4), {})
     assert pack.rows_a.tolist() == [2, SLOTS, SLOTS, SLOTS]
     assert pack.last_a.tolist() == [6, 16, 16, 16]
 
@@ -55,7 +55,7 @@ def test_only_chunks_that_complete_their_sequence_get_a_row(packer):
 @pytest.mark.parametrize("whole", [False, True])
 def test_known_tokens_are_reported_if_one_of_the_chunks_wants_it(packer, whole):
     chunks = [Chunk(sequence(0, [1, 2]), 0, 2, True), Chunk(sequence(1, [1, 2], whole=whole), 0, 2, True)]
-    assert bool(packer.chunks(list(spots([chunks], Tiles(4, 4))), Tiles(4, 4), {})[0].reported) == whole
+    assert bool(packer.chunks(list(spots([chunks], 4, 4)), Tiles(4, 4), {})[0].reported) == whole
 
 
 def test_rows_are_filled_up_with_numbers_that_are_no_slot(packer):
@@ -84,23 +84,36 @@ def test_a_guided_row_has_its_mask_and_the_others_are_free(packer):
 def test_a_guided_prompt_has_a_mask_for_its_first_token_in_its_own_row(packer):
     behind, guided = sequence(3, range(9)), sequence(0, [1, 2])
     chunks = [Chunk(behind, 0, 4, True), Chunk(guided, 0, 2, True)]
-    _, masks = packer.chunks(list(spots([chunks], Tiles(4, 4))), Tiles(4, 4), {guided: Forbids()})
+    _, masks = packer.chunks(list(spots([chunks], 4, 4)), Tiles(4, 4), {guided: Forbids()})
     assert masks.masked_s.tolist() == [True, False, False, False]
     assert masks.bits_sw[0].tolist() == [[8, 0]]
 
 
-def test_each_rank_has_its_part_of_a_step_and_numbers_its_slots_and_tokens_itself():
+def test_chunks_of_all_ranks_lie_one_after_another_and_slots_are_told_to_their_ranks_alone():
     packer = Packer(drafts=1, vocabulary=VOCABULARY, slots=SLOTS, devices=Devices(make_mesh(1, 2)))
-    first, second, third = sequence(1, range(20, 23)), sequence(1, range(30, 35)), sequence(0, range(40, 42))
-    shape, chunks = Tiles(2, 4), [[Chunk(first, 0, 3, True)], [Chunk(second, 0, 4, True), Chunk(third, 0, 2, True)]]
-    packed = list(spots(chunks, shape))
-    assert [(spot.begin, spot.row) for spot in packed] == [(0, 0), (8, None), (12, 2)]
-    pack, masks = packer.chunks(packed, shape, {third: Forbids()})
-    assert pack.tokens_t.tolist() == [20, 21, 22, 0, 0, 0, 0, 0, 30, 31, 32, 33, 40, 41, 0, 0]
-    assert pack.slots_a.tolist() == [1, 0, 1, 0]
-    assert (pack.rows_a.tolist(), pack.last_a.tolist()) == ([1, SLOTS, 0, SLOTS], [2, 8, 5, 8])
-    assert masks.masked_s.tolist() == [False, False, True, False]
-    assert [len(part.data) for part in pack.tokens_t.addressable_shards] == [8, 8]
+    first, second, third = sequence(1, range(20, 23)), sequence(1, range(30, 45), rank=1), sequence(0, range(9), rank=1)
+    chunks = [[Chunk(first, 0, 3, True)], [Chunk(second, 8, 13, False), Chunk(third, 4, 9, False)]]
+    shape = Tiles(6, 4, past=4)
+    packed = list(spots(chunks, shape.width, packer.rows_each(shape)))
+    assert [spot[1:] for spot in packed] == [(0, 0, 0), (4, None, 0), (12, 4, 2)]
+    pack, masks = packer.shared_chunks(packed, shape, {third: Forbids()})
+    assert pack.tokens_t.tolist() == [20, 21, 22, 0, 38, 39, 40, 41, 42, 0, 0, 0, 4, 5, 6, 7, 8, *[0] * 7]
+    assert pack.positions_t.tolist() == [0, 1, 2, -1, 8, 9, 10, 11, 12, -1, -1, -1, 4, 5, 6, 7, 8, *[-1] * 7]
+    assert pack.slots_a.reshape(2, -1).tolist() == [[1, 4, 4, 4, 4, 4], [4, 1, 1, 0, 0, 4]]
+    assert pack.first_a.tolist() == [0, 1, 1, 3, 3, 0]
+    assert pack.starts_a.tolist() == [0, 8, 8, 4, 4, 0]
+    assert pack.past_a.tolist() == [0, 0, 0, 2, 2, 0]
+    assert pack.past_slots_p.reshape(2, -1).tolist() == [[4, 4, 4, 4], [1, 1, 0, 4]]
+    assert pack.past_starts_p.tolist() == [0, 4, 0, 0]
+    assert pack.rows_s.reshape(2, -1).tolist() == [[1, 4, 4, 4], [0, 4, 4, 4]]
+    assert pack.last_s.tolist() == [2, 24, 24, 24, 16, 24, 24, 24]
+    assert masks.masked_s.tolist() == [False] * 4 + [True] + [False] * 3
+    assert pack.tokens_t.is_fully_replicated and not pack.slots_a.is_fully_replicated
+
+
+def test_each_rank_has_rows_of_its_own():
+    packer = Packer(drafts=1, vocabulary=VOCABULARY, slots=SLOTS, devices=Devices(make_mesh(1, 2)))
+    second, third = sequence(1, range(30, 35)), sequence(0, range(40, 42))
     rows = row_numbers([[], [second, third]], 4)
     assert rows == {4: second, 5: third}
     assert packer.rows(rows, 4, {})[0].tolist() == [SLOTS] * 4 + [1, 0, SLOTS, SLOTS]

@@ -18,7 +18,7 @@ def test_whatever_can_be_planned_has_a_shape_with_the_least_padding(data, tokens
     while room and (not sizes or data.draw(st.booleans())):
         sizes.append(data.draw(st.integers(1, room * shapes.tile)))
         room -= tiles(sizes[-1:], shapes.tile)
-    found = shapes.for_chunks([sizes])
+    found = shapes.for_chunks(sizes)
     assert found in shapes.prefill
     assert tiles(sizes, found.width) <= found.number
     fitting = [shape for shape in shapes.prefill if tiles(sizes, shape.width) <= shape.number]
@@ -42,17 +42,16 @@ def test_every_set_of_chunks_that_fills_a_step_fits(tokens):
     for count in range(1, 4):
         for sizes in combinations_with_replacement(range(1, tokens + 1), count):
             if tiles(sizes, shapes.tile) <= room:
-                assert tiles(sizes, shapes.for_chunks([sizes]).width) <= shapes.for_chunks([sizes]).number
+                assert tiles(sizes, shapes.for_chunks(sizes).width) <= shapes.for_chunks(sizes).number
 
 
 def test_shapes_are_few_and_a_lone_long_chunk_is_one_tile():
     shapes = Shapes.of(512, 8)
     assert shapes == Shapes((Tiles(1, 32), Tiles(4, 32), Tiles(16, 32), Tiles(1, 512)), (1, 4, 8))
-    assert shapes.for_chunks([[512]]) == shapes.for_chunks([[200]]) == Tiles(1, 512)
-    assert shapes.for_chunks([[200, 1]]) == Tiles(16, 32)
-    assert shapes.for_chunks([[100]]) == Tiles(4, 32)
-    assert shapes.for_chunks([[32]]) == Tiles(1, 32)
-    assert shapes.for_chunks([[], [100], [32]]) == Tiles(4, 32)  # of ranks, the one that has most
+    assert shapes.for_chunks([512]) == shapes.for_chunks([200]) == Tiles(1, 512)
+    assert shapes.for_chunks([200, 1]) == Tiles(16, 32)
+    assert shapes.for_chunks([100]) == Tiles(4, 32)
+    assert shapes.for_chunks([32]) == Tiles(1, 32)
 
 
 def test_the_smallest_step_and_a_single_slot_have_shapes():
@@ -91,3 +90,16 @@ def test_what_can_not_be_compiled_says_so_and_is_tried_again():
         with pytest.raises(ValueError, match="no program of 3"):
             programs[3]
     assert (programs.late, len(programs)) == (0, 0)
+
+
+@pytest.mark.parametrize(("ranks", "numbers"), [(2, (2, 8, 16)), (8, (8, 16)), (6, (6, 18)), (384, (384,))])
+def test_ranks_share_a_prefill_step_in_equal_parts_with_and_without_a_past(ranks, numbers):
+    shapes = Shapes.over(ranks, tokens=512, slots=4, longest=1000)
+    assert [shape.number for shape in shapes.prefill[::2]] == list(numbers)
+    assert all(shape.number % ranks == 0 for shape in shapes.prefill)
+    width = shapes.tile
+    assert numbers[-1] * width >= 512 > (numbers[-1] - ranks) * width
+    assert {shape.past for shape in shapes.prefill} == {0, -(-1000 // width)}
+    assert shapes.for_chunks([width, 1]).past == 0
+    assert shapes.for_chunks([1], past=1).past * width >= 1000
+    assert shapes.decode == (1, 4)

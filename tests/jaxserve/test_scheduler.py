@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxserve.pages import ROOT, Content, PagePool
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Request, SamplingParams
-from jaxserve.scheduler import Limits, Plan, Scheduler, Sequence
+from jaxserve.scheduler import Chunk, Limits, Plan, Room, Scheduler, Sequence
 
 STORIES = [[random.Random(f"{i} {place}").randrange(4) for place in range(100)] for i in range(3)]
 """What is said at each place. Answers go on with a story, which other prompts begin with, as if they had read them."""
@@ -512,3 +512,33 @@ def test_one_that_the_host_guides_holds_the_rounds_to_one_and_is_read_before_it_
     plans = [play.step(8) for _ in range(8)]
     assert [guided in plan.rows for plan in plans] == [False, False, True, False, True, False, True, False]
     assert all(free in plan.rows and plan.rounds == 1 for plan in plans[1:])
+
+
+def test_a_shared_step_is_filled_as_far_as_it_has_room_for_chunks_and_for_what_stands_before_them():
+    scheduler = Scheduler(PagePool(40, 4), Limits(slots=4, tokens=8, tile=2, share=False))
+    for i in range(3):
+        request = Request(str(i), tuple(range(11)), SamplingParams())
+        scheduler.add(Sequence(request, 0, 0, limit=20, arrival=i, tokens=list(range(11))))
+    step = lambda *room: [(c.sequence.arrival, c.start, c.end) for c in scheduler.schedule(1, Room(*room)).chunks]  # noqa: E731
+    assert step(0, 99) == []
+    assert not scheduler.running
+    assert step(7, 0) == [(0, 0, 11), (1, 0, 2)]
+    assert step(3, 0) == []  # the second has a token pair before it, and nobody overtakes it
+    assert step(3, 1) == [(1, 2, 8)]
+    assert step(3, 4) == [(1, 8, 11), (2, 0, 2)]
+
+
+def test_what_chunks_leave_of_a_step():
+    s = Sequence(Request("x", (1,) * 30, SamplingParams()), 0, 0, limit=40, arrival=0, tokens=[1] * 30)
+    chunks = [Chunk(s, 0, 5, True), Chunk(s, 8, 12, False)]
+    assert Room(10, 6).without(chunks, tile=4) == Room(10 - 2 - 1, 6 - 2)
+
+
+@pytest.mark.parametrize(("aligned", "start"), [(False, 9), (True, 6)])
+def test_a_hit_ends_where_a_tile_does_if_chunks_are_to_begin_there(aligned, start):
+    scheduler = Scheduler(PagePool(40, 3), Limits(slots=4, tokens=32, tile=2, aligned=aligned))
+    for i in range(2):
+        request = Request(str(i), tuple(range(11)), SamplingParams())
+        scheduler.add(Sequence(request, 0, 0, limit=20, arrival=i, tokens=list(range(11))))
+        (chunk,) = scheduler.schedule().chunks
+        assert (chunk.start, chunk.end) == ((start if i else 0), 11)

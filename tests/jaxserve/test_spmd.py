@@ -18,15 +18,22 @@ def subject():
     return engine("deepseek_v3", 0, (4, 2))
 
 
-@pytest.mark.parametrize("shape", [MESH_SHAPES.decode[0], MESH_SHAPES.prefill[0]], ids=["decode", "prefill"])
-def test_a_step_meets_in_two_exchanges_a_mixture_and_nowhere_else(subject, shape):
+def test_decode_meets_in_two_exchanges_a_mixture_and_nowhere_else(subject):
+    shape = MESH_SHAPES.decode[0]
     compiled = subject._lower(shape).compile()
     assert kinds(compiled) == {"all-to-all": 2 * len(mixtures(subject._model))}
-    cfg, tokens = subject.cfg, shape if isinstance(shape, int) else shape.tokens
-    rows = 8 * capacity(tokens, cfg.experts.per_token, slots_per_rank=2)
+    rows = 8 * capacity(shape, subject.cfg.experts.per_token, slots_per_rank=2)
     there, back = collectives(compiled)[:2]
-    assert (there.dtype, there.values) == ("u8", rows * message_bytes(cfg.width, "float", itemsize=4))
-    assert (back.dtype, back.values) == ("f32", rows * cfg.width)
+    assert (there.dtype, there.values) == ("u8", rows * message_bytes(subject.cfg.width, "float", itemsize=4))
+    assert (back.dtype, back.values) == ("f32", rows * subject.cfg.width)
+
+
+@pytest.mark.parametrize("shape", MESH_SHAPES.prefill, ids=["whole", "chunks"])
+def test_prefill_also_gathers_latents_and_exchanges_heads_and_brings_the_last_states_to_their_ranks(subject, shape):
+    layers, experts = subject.cfg.layers, len(mixtures(subject._model))
+    wanted = {"all-gather": layers, "all-to-all": layers + 2 * experts, "all-reduce": layers * bool(shape.past)}
+    wanted = {kind: count for kind, count in wanted.items() if count} | {"reduce-scatter": 1}
+    assert kinds(subject._lower(shape).compile()) == wanted
 
 
 def test_a_sequence_is_marked_without_asking_other_ranks(subject):
