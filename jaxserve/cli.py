@@ -162,11 +162,11 @@ def _emulate(devices: int | None, mesh: str | None) -> str | None:
     """Has JAX show as many CPU devices as are asked for, and gives the mesh: of devices alone, one node."""
     import jax
 
-    from jaxserve.parallel.mesh import parse_shape
+    from jaxserve.parallel.mesh import find_shape
 
     mesh = f"1x{devices}" if devices and not mesh else mesh
     if mesh:
-        jax.config.update("jax_num_cpu_devices", devices or math.prod(parse_shape(mesh)))  # before a backend starts
+        jax.config.update("jax_num_cpu_devices", devices or math.prod(find_shape(mesh)))  # before a backend starts
     return mesh
 
 

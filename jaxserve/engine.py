@@ -114,6 +114,8 @@ class Engine:
         self._table = SlotTable(slots, columns, self._eos_ids, self._devices)
         self._packer = Packer(self.drafts, cfg.vocab_size, slots, self._devices)
         self._state = self._empty(pages)
+        self._load_seen = np.zeros(self._state.load.shape, np.uint32)
+        self._load_le = np.zeros(self._state.load.shape[1:], np.int64)
         most = min(options.speculation_max_seqs, options.max_num_seqs)
         self._gate = Gate(*self._devices.same((np.float32(options.speculation_entropy), np.int32(most))))
         self._answers: dict[str, dict[int, Answer]] = {}
@@ -133,7 +135,8 @@ class Engine:
 
     @property
     def memory(self) -> Memory:
-        size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+        parts = lambda tree: (part.data for leaf in jax.tree.leaves(tree) for part in leaf.addressable_shards)  # noqa: E731
+        size = lambda tree: sum(part.nbytes for part in parts(tree))  # noqa: E731
         return Memory(size(self._model), size(self._state))
 
     @property
@@ -191,7 +194,10 @@ class Engine:
 
     def expert_load(self) -> np.ndarray:
         """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last. Counted on meshes alone."""
-        return np.asarray(jax.device_get(self._state.load), np.int64).sum(axis=0)
+        now = np.asarray(jax.device_get(self._state.load)).view(np.uint32)
+        self._load_le += (now - self._load_seen).sum(axis=0, dtype=np.int64)  # the device's sums start again at 2**32
+        self._load_seen = now
+        return self._load_le.copy()
 
     def rebalance(self, slots_lx: np.ndarray) -> None:
         """Moves experts to other ranks, in the course of the next steps: slot by slot of each layer, which it holds.
@@ -235,12 +241,12 @@ class Engine:
         return self._devices.make(lambda: State(empty(slots, self.drafts, self.cfg.vocab_size), *zeros((cache, load))))
 
     def _place(self, request: Request) -> int:
-        """The rank for a request: of those that have room for its answers, the one with the fewest pages spoken for.
+        """The rank for a request: of those that have room for its answers, the one where it waits least.
 
-        Raises RequestError if there is none.
+        Then the one with the fewest pages spoken for. Raises RequestError if there is none.
         """
         refused = []
-        for rank in sorted(range(self._devices.count), key=lambda rank: self._schedulers[rank].reserved):
+        for rank in sorted(range(self._devices.count), key=lambda rank: self._schedulers[rank].burden):
             try:
                 self._schedulers[rank].check(request.params.n)
                 return rank

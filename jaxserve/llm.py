@@ -26,7 +26,7 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.spread import in_order, spread
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError
-from jaxserve.parallel.mesh import find_mesh
+from jaxserve.parallel.mesh import find_shape, make_mesh
 from jaxserve.progress import Progress, bar
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.serving import Serving
@@ -67,10 +67,14 @@ class LLM:
     ):
         """Loads a model and compiles what it needs to run.
 
-        Raises CheckpointError, ConfigError or RequestError that name what is wrong, TypeError for an unknown option.
+        Raises CheckpointError, ConfigError, RequestError or ShardingError that name what is wrong, TypeError for an
+        unknown option.
         """
         engine_config = _engine_config(options)
-        devices = find_mesh(mesh) if isinstance(mesh, str) else mesh
+        devices = make_mesh(*find_shape(mesh)) if isinstance(mesh, str) else mesh
+        for name in ("num_redundant_experts", "num_shared_expert_ranks"):
+            if devices is None and getattr(engine_config, name):
+                raise RequestError(f"{name} = {getattr(engine_config, name)}: it is for a mesh; give mesh too")
         folder = locate(model)
         self.tokenizer = Tokenizer.from_folder(folder)
         raw = hf.read_json(folder)
@@ -101,9 +105,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
 
-        `sampling_params` are for all prompts, or one for each; `priority` too: the lower comes first. Raises
-        RequestError, and generates nothing, if any can't be served. What fails later has the finish_reason "error", and
-        leaves the other answers as they are.
+        `sampling_params` are for all prompts, or one for each; `priority` too: the lower comes first, among those of
+        one device. Raises RequestError, and generates nothing, if any can't be served. What fails later has the
+        finish_reason "error", and leaves the other answers as they are.
         """
         requests = self._requests(prompts, sampling_params, priority)
         results = [_empty_result(str(i), request) for i, request in enumerate(requests)]

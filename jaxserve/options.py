@@ -41,8 +41,8 @@ class EngineConfig:
     num_pages               None: what all answers need at their longest, if `cache_bytes` hold that
     cache_bytes             of all pages together, at most
     num_speculative_tokens  guesses a step; None: 1 if the model has an MTP module, but 0 on CPU
-    speculation_entropy     guesses less sure than this, in nats, are not verified
-    speculation_max_seqs    with more answers in a step, guesses are neither verified nor made
+    speculation_entropy     guesses less sure than this, in nats, are not verified; of no effect on a mesh
+    speculation_max_seqs    in steps for more answers, guesses are neither verified nor made
     num_redundant_experts   on a mesh, slots for replicas of experts, besides those that fill up the ranks
     num_shared_expert_ranks on a mesh, the first ranks that hold copies of the shared expert and no others
     warmup                  compile all steps at the start, rather than each when it is first needed

@@ -23,8 +23,8 @@ Move = Callable[[Any, Any, Any], Any]
 class Rebalancer:
     """The placement of a model's experts, and the way to the one that is wanted.
 
-    A move is one more program between two steps: what was launched before runs with the weights and routes that it was
-    given, what comes after has the new ones. So no step ever finds a slot half written, nothing waits, and as shapes
+    Moves are programs between two steps: what was launched before runs with the weights and routes that it was given,
+    what comes after has the new ones, and waits for them. So no step ever finds a slot half written; and as shapes
     stay, nothing is compiled.
     """
 
@@ -40,7 +40,8 @@ class Rebalancer:
     def aim(self, slots_lx: np.ndarray) -> None:
         """Sets the placement that is wanted; the way there starts with the next `advance`.
 
-        Raises ShardingError if it has another shape, leaves an expert without a slot, or can't be reached.
+        Raises ShardingError if it has another shape, leaves an expert without a slot, or can't be reached; nothing has
+        changed then.
         """
         if slots_lx.shape != self.slots_lx.shape:
             raise ShardingError(f"slots_lx has shape {slots_lx.shape}; the model's has {self.slots_lx.shape}")

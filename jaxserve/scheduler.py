@@ -126,6 +126,7 @@ class Scheduler:
     def __init__(self, pool: PagePool, limits: Limits):
         self.pool, self.limits = pool, limits
         self.running: list[Sequence] = []  # in order
+        self.reserved = 0  # pages that all who run or wait can come to need, what they may share left aside
         self.preemptions = 0
         self.queried = 0  # tokens of prompts that were looked up, and those that were found
         self.hit = 0
@@ -136,13 +137,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def burden(self) -> tuple[int, int]:
+        """How little a new sequence is welcome: how many would wait with it, then how many pages are spoken for."""
+        return max(0, len(self._waiting) + 1 - len(self._slots)), self.reserved
+
     def __iter__(self) -> Iterator[Sequence]:
         return iter([*self.running, *self._waiting])
-
-    @property
-    def reserved(self) -> int:
-        """Pages that all who run or wait can come to need, what they may share left aside."""
-        return sum(self._needed(s, s.limit) for s in self)
 
     def check(self, count: int) -> None:
         """Raises RequestError if there is no room for `count` sequences more: free slots, and places in the queue."""
@@ -159,6 +160,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence."""
+        self.reserved += self._needed(sequence, sequence.limit)
         heapq.heappush(self._waiting, sequence)
 
     def schedule(self, rounds: int = 1, room: Room | None = None) -> Plan:
@@ -192,6 +194,7 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Takes back all that a sequence holds, whether it waits or runs."""
+        self.reserved -= self._needed(sequence, sequence.limit)
         if sequence.slot is None:
             self._waiting = [s for s in self._waiting if s is not sequence]
             heapq.heapify(self._waiting)

@@ -206,8 +206,8 @@ def _follow(
 
     def only_follow(cache):
         cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
-        none_sk, load_e = jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.zeros_like(state.load[0, -1])
-        return Guesses(cache, none_sk, jnp.full(len(rows_s), jnp.inf), load_e if ranks else None)
+        none_sk, load_e = jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.zeros_like(state.load[0, 0])
+        return Guesses(cache, none_sk, jnp.full(len(rows_s), jnp.inf), load_e if ranks and cfg.experts else None)
 
     given = state.cache[at]
     made = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
@@ -221,7 +221,8 @@ def keep(state: State, made: Guesses, rows_s: Int[Array, " s"], cfg: Config) -> 
         drafts_sk=slots.drafts_sk.at[rows_s].set(made.drafts_sk, mode="drop"),
         entropy_s=slots.entropy_s.at[rows_s].set(made.entropy_s, mode="drop"),
     )
-    load = state.load if made.load_e is None else state.load.at[0, -1].add(made.load_e)
+    module = cfg.mixtures - cfg.mtp_layers  # the first is the one that guesses
+    load = state.load if made.load_e is None else state.load.at[0, module].add(made.load_e)
     return State(slots, (*state.cache[:at], made.cache, *state.cache[at + 1 :]), load)
 
 

@@ -27,7 +27,7 @@ from jaxserve.layers.mtp import Draft, join
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import rotate
 from jaxserve.layers.transformer import Layer, Model, Mtp, Output, feed_forward, layer_output
-from jaxserve.parallel.dispatch import Ranks
+from jaxserve.parallel.dispatch import Ranks, bits, values
 
 
 class Packed(NamedTuple):
@@ -177,8 +177,9 @@ def _entries(p: Layer, x_td: Array, packed: Packed, cfg: Config, ranks: Ranks) -
 def _gather(parts: tuple[Array, ...], ranks: Ranks) -> list[Array]:
     """Rows of all ranks, several columns in one message."""
     ends = [sum(part.shape[1] for part in parts[: i + 1]) for i in range(len(parts) - 1)]
-    joined = jax.lax.all_gather(jnp.concatenate(parts, axis=1), ranks.axes, tiled=True)
-    return jnp.split(joined, ends, axis=1)
+    joined = jnp.concatenate(parts, axis=1)
+    came = jax.lax.all_gather(bits(joined), ranks.axes, tiled=True)
+    return jnp.split(values(came, joined.dtype), ends, axis=1)
 
 
 def _extend(cache: Leaf, entries: Leaf, packed: Packed) -> Leaf:
@@ -227,4 +228,5 @@ def _my_heads(w: Leaf, count: int, ranks: Ranks) -> Leaf:
 
 def _to_tokens(o_thv: Array, heads: int, ranks: Ranks) -> Array:
     """From a part of the heads of all tokens to all heads of a part of the tokens."""
-    return jax.lax.all_to_all(o_thv, ranks.axes, split_axis=0, concat_axis=1, tiled=True)[:, :heads]
+    came = jax.lax.all_to_all(bits(o_thv), ranks.axes, split_axis=0, concat_axis=1, tiled=True)
+    return values(came, o_thv.dtype)[:, :heads]

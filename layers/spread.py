@@ -19,23 +19,32 @@ def in_order(cfg: Config, ranks: int, redundant: int = 0, shared_ranks: int = 0)
     """The plain placement, `slots_lx`: the experts in order, then replicas of the first, for each layer with experts.
 
     As many replicas as are `redundant`, and as fill the ranks up. MTP modules come last. The first `shared_ranks` hold
-    copies of the shared expert and nothing else (arXiv:2506.12708, section 5.1); without them every rank has one of its
-    own.
+    a copy of the shared expert each and nothing else (arXiv:2506.12708, section 5.1); without them every rank has one
+    of its own.
     """
     experts = cfg.experts.count if cfg.experts else 1
     if not 0 <= shared_ranks < ranks:
         raise ShardingError(f"{shared_ranks} ranks for the shared expert, of {ranks}: at least one must have others")
     each = -(-(experts + redundant) // (ranks - shared_ranks))
-    shared = experts + np.arange(shared_ranks * each) % max(1, shared_parts(cfg, bool(shared_ranks)))
+    shared = _shared_slots(experts, shared_parts(cfg, bool(shared_ranks)), shared_ranks, each)
     return np.tile(np.append(shared, np.arange(each * (ranks - shared_ranks)) % experts), (cfg.mixtures, 1))
 
 
-def room(cfg: Config, slots_lx: np.ndarray, ranks: int) -> Spread:
-    """What a placement asks for: shared experts among the others if it has them; a replica a rank of each at most."""
+def _shared_slots(first: int, parts: int, ranks: int, each: int) -> np.ndarray:
+    """The parts of the shared expert on ranks with so many slots: all on each, or if they are too few, in turn."""
+    if parts <= each:
+        return np.tile(np.pad(first + np.arange(parts), (0, each - parts), constant_values=-1), ranks)
+    if parts > ranks * each:
+        raise ShardingError(f"{ranks} ranks have {ranks * each} slots for the {parts} parts of the shared expert")
+    return first + np.arange(ranks * each) % parts
+
+
+def room(cfg: Config, slots_lx: np.ndarray) -> Spread:
+    """What placements like this one ask for: all that is not an expert's only slot may be replicas of a single one."""
     count = cfg.experts.count if cfg.experts else 0
     shared = shared_parts(cfg, bool((slots_lx >= count).any()))
     slots = slots_lx.shape[1]
-    return Spread(slots, max(1, min(ranks, slots - count - shared + 1)), shared)
+    return Spread(slots, max(1, slots - count - shared + 1), shared)
 
 
 def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: Rules = DECODE) -> Model:
@@ -43,11 +52,15 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
 
     Raises ShardingError if something does not divide, or an expert has no slot.
     """
-    wanted = room(cfg, slots_lx, mesh.size)
-    places = jax.tree.leaves(shardings(model_params(cfg, model.embed.dtype, wanted), mesh, rules))
-    slots = iter(slots_lx)
-    leaves, tree = jax.tree.flatten(map_mixtures(model, lambda p: arrange(p, next(slots), wanted)))
-    return tree.unflatten(jax.device_put(leaf, place) for leaf, place in zip(leaves, places, strict=True))
+    wanted = room(cfg, slots_lx)
+    places = shardings(model_params(cfg, model.embed.dtype, wanted), mesh, rules)
+    each = zip(slots_lx, mixtures(places), strict=True)
+
+    def place(p: Moe) -> Moe:  # one at a time: they don't all fit on one device twice
+        slots_x, where = next(each)
+        return jax.device_put(arrange(p, slots_x, wanted), where)
+
+    return jax.device_put(map_mixtures(model, place), places)
 
 
 def arrange(p: Moe, slots_x: np.ndarray, wanted: Spread) -> Moe:

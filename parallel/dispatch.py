@@ -85,7 +85,7 @@ def dispatch(
     sent = jnp.concatenate([messages, _bytes(slots_i[:, None])], axis=1)
     came = exchange(sent.reshape(count, room, -1), ranks).reshape(count * room, -1)
     rows, numbers = jnp.split(came, [came.shape[1] - 4], axis=1)
-    return Received(_open(rows, x_td, ranks.payload), _values(numbers, jnp.int32)[:, 0]), Handle(row_tk, room)
+    return Received(_open(rows, x_td, ranks.payload), _from_bytes(numbers, jnp.int32)[:, 0]), Handle(row_tk, room)
 
 
 def combine(
@@ -94,8 +94,8 @@ def combine(
     """Sends what the experts made of each row back, and sums it by its weights."""
     dtype, shape = y_id.dtype, (ranks.size, handle.capacity, -1)
     y_id = y_id.astype(jnp.bfloat16) if ranks.payload == "int8" else y_id
-    came = exchange(_bits(y_id).reshape(shape), ranks).reshape(y_id.shape)
-    back_id = jax.lax.bitcast_convert_type(came, y_id.dtype).astype(dtype)
+    came = exchange(bits(y_id).reshape(shape), ranks).reshape(y_id.shape)
+    back_id = values(came, y_id.dtype).astype(dtype)
     y_tkd = jnp.take(back_id, handle.row_tk, axis=0, mode="fill", fill_value=0)
     return jnp.einsum("tkd,tk->td", y_tkd, weights_tk.astype(dtype))
 
@@ -105,7 +105,7 @@ def exchange(buffer: Array, ranks: Ranks) -> Array:
 
     "hierarchical" goes to the right die of the own node first, then to the right node: more and smaller groups.
     """
-    if ranks.implementation == "flat" or len(ranks.axes) == 1:
+    if ranks.implementation == "flat":
         return jax.lax.all_to_all(buffer, ranks.axes, split_axis=0, concat_axis=0, tiled=True)
     if ranks.implementation != "hierarchical":
         raise NotImplementedError(f"implementation {ranks.implementation!r} of exchange; there are: flat, hierarchical")
@@ -137,9 +137,9 @@ def _payload(x_td: Array, kind: str) -> Array:
 def _open(rows: Array, like: Array, kind: str) -> Array:
     """What `_payload` has packed."""
     if kind == "float":
-        return _values(rows, like.dtype)
+        return _from_bytes(rows, like.dtype)
     codes, scale = jnp.split(rows, [like.shape[1]], axis=1)
-    return dequantize(QArray(_values(codes, jnp.int8), _values(scale, jnp.float32)), like.dtype)
+    return dequantize(QArray(_from_bytes(codes, jnp.int8), _from_bytes(scale, jnp.float32)), like.dtype)
 
 
 def _bytes(x: Array) -> Array:
@@ -148,13 +148,18 @@ def _bytes(x: Array) -> Array:
     return as_bytes.reshape(x.shape[0], -1)
 
 
-def _values(x: Array, dtype: Any) -> Array:
+def _from_bytes(x: Array, dtype: Any) -> Array:
     """What `_bytes` was made of."""
     size = jnp.dtype(dtype).itemsize
     grouped = x.reshape(x.shape[0], -1, size) if size > 1 else x
     return jax.lax.bitcast_convert_type(grouped, dtype)
 
 
-def _bits(x: Array) -> Array:
+def bits(x: Array) -> Array:
     """16-bit values as integers: XLA's CPU backend would send them as float32."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def values(x: Array, dtype: Any) -> Array:
+    """What `bits` was made of."""
+    return jax.lax.bitcast_convert_type(x, dtype)

@@ -3,7 +3,7 @@
     JaxserveError
     ├── ConfigError        config.json lacks a key, contradicts itself, or asks for what is not supported
     ├── CheckpointError    files of weights or of the tokenizer are missing, damaged, or not those of the config
-    ├── ShardingError      an array cannot be split over the mesh as the rules ask
+    ├── ShardingError      a mesh, or what is to lie where on it, cannot be as asked
     └── RequestError       a prompt or a sampling parameter that the engine cannot serve
 
 All are ValueErrors too. Each says what is wrong, where, and what to do about it.
@@ -23,7 +23,7 @@ class CheckpointError(JaxserveError):
 
 
 class ShardingError(JaxserveError):
-    """An array cannot be split over the mesh as the rules ask."""
+    """There is no such mesh, or an array or the experts cannot be placed on it as asked."""
 
 
 class RequestError(JaxserveError):

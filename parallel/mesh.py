@@ -73,10 +73,12 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(shape[1]), int(shape[2])
 
 
-def find_mesh(name: str) -> Mesh:
-    """The mesh of a shape, like `2x4`, or of a `Topology` by its name."""
-    topology = Topology.named(name) if name in PRESETS or ":" in name else None
-    return make_mesh(*((topology.nodes, topology.dies) if topology else parse_shape(name)))
+def find_shape(name: str) -> tuple[int, int]:
+    """The nodes and devices of each of a shape, like `2x4`, or of a `Topology` by its name."""
+    if name not in PRESETS and ":" not in name:
+        return parse_shape(name)
+    topology = Topology.named(name)
+    return topology.nodes, topology.dies
 
 
 def make_mesh(nodes: int, dies: int) -> Mesh:

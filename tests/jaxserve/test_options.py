@@ -80,6 +80,8 @@ def test_an_unknown_option_is_named(unloaded):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_redundant_experts": 2}, "num_redundant_experts = 2: it is for a mesh; give mesh too"),
+        ({"num_shared_expert_ranks": 1}, "num_shared_expert_ranks = 1: it is for a mesh; give mesh too"),
         ({"max_model_len": 4097}, "max_model_len = 4097: it must be from 2 to 4096, the model's positions"),
         ({"num_pages": 3, "max_model_len": 200}, "num_pages = 3: it must be at least 4, to hold one answer of max_mod"),
     ],

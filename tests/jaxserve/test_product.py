@@ -84,8 +84,8 @@ def check(subject: Engine, name: str, sampled: bool, chunked: bool, hit: bool, t
     assert found == wanted
     after = sums(subject)
     assert (after.preemptions > before[0].preemptions) == preempted
-    if len(subject._schedulers) == 1:  # with several, which has seen a prompt depends on what else they have to do
-        assert after.hit - before[0].hit >= 96 * hit  # 32 of 33 tokens and 64 of 80 of those that run alone
+    least = 96 if len(subject._schedulers) == 1 else 1  # 32 of 33 tokens and 64 of 80 of those that run alone
+    assert after.hit - before[0].hit >= least * hit  # on a mesh a prompt may come to a rank that has not seen it
     assert (subject.counters.wide_rows > before[1]) == (subject.drafts > 0)
     assert {plan.rounds for plan in launched} == {1, ROUNDS}
     chunks = [chunk for plan in launched for chunk in plan.chunks]

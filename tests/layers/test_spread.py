@@ -9,12 +9,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxserve.layers.batch import Batch
 from jaxserve.layers.config import Config
+from jaxserve.layers.moe import physical
 from jaxserve.layers.spread import in_order, mixtures, room, spread
 from jaxserve.layers.transformer import forward, model_params
 from jaxserve.parallel.dispatch import Ranks
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.mesh import AXES, make_mesh
-from jaxserve.parallel.placement import held
+from jaxserve.parallel.placement import held, routes
 from tests.layers.helpers import batch_of, empty_cache, page_table, random_model, random_tokens
 from tests.tolerances import MODEL, assert_close
 
@@ -87,7 +88,7 @@ def test_the_tree_of_params_of_a_spread_model_describes_it():
     cfg, mesh = Config.tiny("deepseek_v2"), make_mesh(1, 8)
     slots_lx = in_order(cfg, 8, 3)
     placed = spread(random_model(cfg, np.random.default_rng(0)), cfg, mesh, slots_lx)
-    params = model_params(cfg, jnp.float32, room(cfg, slots_lx, 8))
+    params = model_params(cfg, jnp.float32, room(cfg, slots_lx))
     shape = lambda leaf: (leaf.shape, jnp.dtype(leaf.dtype))  # noqa: E731
     assert jax.tree.map(shape, placed) == jax.tree.map(shape, params)
 
@@ -97,14 +98,52 @@ def test_shared_experts_take_the_first_ranks_and_the_others_the_rest():
     count = cfg.experts.count
     slots_lx = in_order(cfg, 6, redundant=1, shared_ranks=2)
     each = slots_lx.shape[1] // 6
-    assert slots_lx[0][: 2 * each].tolist() == [count + i % 2 for i in range(2 * each)]
+    assert each == 3
+    assert slots_lx[0][: 2 * each].tolist() == [count, count + 1, -1] * 2
     assert slots_lx[0][2 * each :].tolist() == [i % count for i in range(4 * each)]
     assert 4 * each >= count + 1
+    wide = replace(cfg, experts=replace(cfg.experts, shared_width=3 * cfg.experts.width))
+    assert in_order(wide, 11, shared_ranks=3)[0][:4].tolist() == [count, count + 1, count + 2, 0]
+    with pytest.raises(ShardingError, match="2 ranks have 2 slots for the 3 parts of the shared expert"):
+        in_order(wide, 10, shared_ranks=2)
     with pytest.raises(ShardingError, match="6 ranks for the shared expert, of 6"):
         in_order(cfg, 6, shared_ranks=6)
     odd = replace(cfg, experts=replace(cfg.experts, shared_width=cfg.experts.width + 1))
     with pytest.raises(ShardingError, match="can't be cut into experts of width"):
         in_order(odd, 6, shared_ranks=2)
+
+
+@pytest.mark.parametrize("experts", [16, 64, 256])
+@pytest.mark.parametrize(("ranks", "shared_ranks"), [(1, 0), (2, 0), (4, 1), (8, 1), (16, 2), (320, 32)])
+@pytest.mark.parametrize("redundant", [0, 5, 300])
+def test_any_number_of_ranks_and_replicas_has_routes_to_all_experts(experts, ranks, shared_ranks, redundant):
+    cfg = Config.tiny("deepseek_v3")
+    cfg = replace(cfg, experts=replace(cfg.experts, count=experts, shared_width=cfg.experts.width))
+    slots_lx = in_order(cfg, ranks, redundant, shared_ranks)
+    wanted = room(cfg, slots_lx)
+    found = routes(slots_lx[0], experts + wanted.shared, wanted.replicas)
+    assert wanted.shared == bool(shared_ranks)
+    assert (held(found, slots_lx.shape[1]) == slots_lx[0]).all()
+    assert found.count_e[:experts].sum() >= experts + redundant
+    assert not shared_ranks or found.count_e[experts] == shared_ranks
+
+
+@pytest.mark.parametrize("shared_ranks", [0, 2])
+def test_replicas_take_turns_in_the_whole_batch_and_those_of_shared_experts_by_rank(shared_ranks):
+    slots_x = np.array([12, 12, *range(12), 3, 3]) if shared_ranks else np.array([*range(12), 3, 3, 3, 3])
+    known, mesh = routes(slots_x, 12 + bool(shared_ranks), 5), make_mesh(2, 4)
+    experts_tk = np.full((8 * 6, 2), 3, np.int32)
+    experts_tk[:, 1] = 12 if shared_ranks else 7
+    mapped = jax.shard_map(
+        lambda chosen, table: physical(chosen, table, Ranks(), 12),
+        mesh=mesh, in_specs=(P(AXES), P()), out_specs=P(AXES), check_vma=False,
+    )  # fmt: skip
+    slots_tk = np.asarray(jax.jit(mapped)(experts_tk, known))
+    counts = np.bincount(slots_tk[:, 0], minlength=16)
+    assert (counts > 0).tolist() == (slots_x == 3).tolist()
+    assert np.ptp(counts[slots_x == 3]) <= 1
+    by_rank = slots_tk[:, 1].reshape(8, 6)
+    assert (by_rank == (np.arange(8) % 2 if shared_ranks else np.full(8, 7))[:, None]).all()
 
 
 def test_an_expert_without_a_slot_is_named():

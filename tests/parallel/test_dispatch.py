@@ -193,6 +193,7 @@ def test_members_of_a_group_are_numbered_in_order():
     ("how", "message"),
     [
         (Ranks(payload="int4"), "payload 'int4' of dispatch; there are: int8, float"),  # type: ignore[arg-type]
+        (Ranks(axes=("die",), implementation="ring"), "'ring' of exchange"),  # type: ignore[arg-type]
         (Ranks(implementation="ring"), "'ring' of exchange; there are: flat, hier"),  # type: ignore[arg-type]
     ],
 )

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from jaxserve.parallel.errors import ShardingError
-from jaxserve.parallel.mesh import AXES, Link, Topology, find_mesh, make_mesh, parse_shape
+from jaxserve.parallel.mesh import AXES, Link, Topology, find_shape, make_mesh, parse_shape
 
 
 def test_the_ranks_of_a_mesh_are_the_devices_in_order_node_by_node():
@@ -39,7 +39,8 @@ def test_presets_stand_for_machines_and_cpu_for_any_number_of_emulated_devices()
 
 @pytest.mark.parametrize(("name", "shape"), [("4x2", (4, 2)), ("cpu:3", (1, 3)), ("h100x8", (1, 8))])
 def test_a_mesh_is_found_by_its_shape_or_a_topology_s_name(name, shape):
-    assert find_mesh(name).devices.shape == shape
+    assert find_shape(name) == shape
+    assert make_mesh(*find_shape(name)).devices.shape == shape
 
 
 def test_a_link_takes_its_latency_and_the_time_of_the_bytes():
