@@ -18,7 +18,7 @@ from jaxserve.parallel.sharding import initialize
 from jaxserve.request import Output, Request, SamplingParams
 from tests.jaxserve.conftest import GOLDENS, SIZE, word_tokenizer
 
-REQUESTS = int(os.environ.get("REQUESTS", 500))  # REQUESTS=5000 make pytest ARGS=tests/jaxserve/test_trace.py
+REQUESTS = int(os.environ.get("REQUESTS", 300))  # REQUESTS=5000 make pytest ARGS=tests/jaxserve/test_trace.py
 VOCABULARY = 97
 BASES = [[random.Random(i).randrange(2, 95) for _ in range(110)] for i in range(3)]
 
