@@ -27,6 +27,7 @@ from jaxserve.parallel.errors import RequestError, ShardingError
 from jaxserve.parallel.sharding import Devices, Param, zeros
 from jaxserve.parallel.transfer import MOVES, move
 from jaxserve.programs import Programs, Progress, Shapes, Tiles
+from jaxserve.ranked import Ranked
 from jaxserve.reading import Reading
 from jaxserve.rebalance import Rebalancer
 from jaxserve.request import Logprob, Output, Request, TokenLogprobs
@@ -109,7 +110,8 @@ class Engine:
         self._shapes = self._make_shapes()
         pages = sizes.num_pages(cfg, options, model.embed.dtype)
         make_pool = lambda: PagePool(pages, options.page_size, lookahead=min(1, self.drafts))  # noqa: E731
-        self._schedulers = [Scheduler(make_pool(), self._limits()) for _ in range(self._devices.count)]
+        make_scheduler = lambda: Scheduler(make_pool(), self._limits())  # noqa: E731
+        self._schedulers = Ranked(self._devices.count, make_scheduler)
         slots, columns = options.max_num_seqs, -(-self.max_model_len // options.page_size)
         self._table = SlotTable(slots, columns, self._eos_ids, self._devices)
         self._packer = Packer(self.drafts, cfg.vocab_size, slots, self._devices)
@@ -172,16 +174,16 @@ class Engine:
         self.check(request)
         if request.id in self._answers:
             raise RequestError(f"request id {request.id!r} is taken by a request that is not answered yet")
-        rank = self._place(request)
-        answers = [self._new(request, index, rank) for index in range(request.params.n)]
+        self._schedulers.check(request.params.n)
+        answers = [self._new(request, index) for index in range(request.params.n)]
         self._answers[request.id] = {answer.sequence.index: answer for answer in answers}
         for answer in answers:
-            self._schedulers[rank].add(answer.sequence)
+            self._schedulers.add(answer.sequence)
         self._note_moment()
 
     def abort(self, request_id: str) -> None:
         for answer in self._answers.pop(request_id, {}).values():
-            self._schedulers[answer.sequence.rank].finish(answer.sequence)
+            self._schedulers.finish(answer.sequence)
         self._note_moment()
 
     def step(self) -> list[Output]:
@@ -240,20 +242,6 @@ class Engine:
         load = Param((self._devices.count, max(1, self.cfg.mixtures), experts), (None, "l", "e"), jnp.int32)
         return self._devices.make(lambda: State(empty(slots, self.drafts, self.cfg.vocab_size), *zeros((cache, load))))
 
-    def _place(self, request: Request) -> int:
-        """The rank for a request: of those that have room for its answers, the one where it waits least.
-
-        Then the one with the fewest pages spoken for. Raises RequestError if there is none.
-        """
-        refused = []
-        for rank in sorted(range(self._devices.count), key=lambda rank: self._schedulers[rank].burden):
-            try:
-                self._schedulers[rank].check(request.params.n)
-                return rank
-            except RequestError as error:
-                refused.append(error)
-        raise refused[0]
-
     def _make_shapes(self) -> Shapes:
         sizes = self.options.max_num_batched_tokens, self.options.max_num_seqs
         if self._devices.mesh is None:
@@ -272,7 +260,7 @@ class Engine:
             aligned=self._devices.mesh is not None,
         )
 
-    def _new(self, request: Request, index: int, rank: int) -> Answer:
+    def _new(self, request: Request, index: int) -> Answer:
         p, prompt = request.params, request.prompt_token_ids
         limit = min(self.max_model_len, len(prompt) + (p.max_tokens or self.max_model_len))
         seed = p.seed if p.seed is not None else int(self._seeds.integers(2**32))
@@ -284,7 +272,6 @@ class Engine:
             limit=limit,
             arrival=self._arrivals,
             tokens=list(prompt),
-            rank=rank,
             by_host=guide is not None,
             whole=p.prompt_logprobs is not None and index == 0,
         )
@@ -311,20 +298,11 @@ class Engine:
         return lower(decode, mesh, *given, *rows, self._gate, self._packer.number(1), **static)
 
     def _plan(self) -> list[Plan]:
-        """What each rank does in the next step; all do as many rounds."""
-        rounds = self._rounds()
+        """What each rank does in the next step."""
         if self._devices.mesh is None:
-            return [self._schedulers[0].schedule(rounds)]
-        rounds = rounds if all(scheduler.allows(rounds) for scheduler in self._schedulers) else 1
-        room = Room(
-            self._schedulers[0].limits.tokens // self._shapes.tile, max(shape.past for shape in self._shapes.prefill)
-        )
-        plans: dict[int, Plan] = {}
-        for turn in range(self._devices.count):  # who comes first changes: what is left is of use to all alike
-            rank = (self.counters.steps + turn) % self._devices.count
-            plans[rank] = plan = self._schedulers[rank].schedule(rounds, room)
-            room = room.without(plan.chunks, self._shapes.tile)
-        return [plans[rank] for rank in range(self._devices.count)]
+            return self._schedulers.schedule(self._rounds())
+        tiles = self._schedulers.limits.tokens // self._shapes.tile
+        return self._schedulers.schedule(self._rounds(), Room(tiles, max(shape.past for shape in self._shapes.prefill)))
 
     def _launch(self, plans: list[Plan]) -> Launched | None:
         chunks, rows = [c for plan in plans for c in plan.chunks], [s for plan in plans for s in plan.rows]
@@ -454,7 +432,7 @@ class Engine:
 
     def _finish(self, answer: Answer) -> None:
         s = answer.sequence
-        self._schedulers[s.rank].finish(s)
+        self._schedulers.finish(s)
         answers = self._answers[s.request.id]
         del answers[s.index]
         if not answers:
@@ -503,7 +481,7 @@ class Engine:
 
     def _note_moment(self) -> None:
         c, ranks = self.counters, self._schedulers
-        c.waiting, c.running = sum(s.num_waiting for s in ranks), sum(len(s.running) for s in ranks)
+        c.waiting, c.running = ranks.num_waiting, sum(len(s.running) for s in ranks)
         c.preemptions, c.pages_used = sum(s.preemptions for s in ranks), sum(s.pool.used for s in ranks)
         c.prompt_tokens, c.cached_tokens = sum(s.queried for s in ranks), sum(s.hit for s in ranks)
         c.late_compiled = self._programs.late

@@ -105,9 +105,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continues one prompt or many, as text or token ids; the results are in the order of the prompts.
 
-        `sampling_params` are for all prompts, or one for each; `priority` too: the lower comes first, among those of
-        one device. Raises RequestError, and generates nothing, if any can't be served. What fails later has the
-        finish_reason "error", and leaves the other answers as they are.
+        `sampling_params` are for all prompts, or one for each; `priority` too: the lower comes first. Raises
+        RequestError, and generates nothing, if any can't be served. What fails later has the finish_reason "error", and
+        leaves the other answers as they are.
         """
         requests = self._requests(prompts, sampling_params, priority)
         results = [_empty_result(str(i), request) for i, request in enumerate(requests)]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxserve.pages import Key, PagePool
-from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Request
 
 
@@ -138,25 +137,17 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def burden(self) -> tuple[int, int]:
-        """How little a new sequence is welcome: how many would wait with it, then how many pages are spoken for."""
-        return max(0, len(self._waiting) + 1 - len(self._slots)), self.reserved
+    def num_free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._slots)
+
+    def load_with(self, s: Sequence) -> int:
+        """Pages that all who are here can come to need, with one more; what it would find is not needed."""
+        keys = self.pool.keys(s.tokens) if self.limits.share and not s.whole else []
+        return self.reserved + self._needed(s, s.limit) - len(self.pool.find(s.tokens, keys))
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter([*self.running, *self._waiting])
-
-    def check(self, count: int) -> None:
-        """Raises RequestError if there is no room for `count` sequences more: free slots, and places in the queue."""
-        places, waiting, free = self.limits.queued, len(self._waiting), len(self._slots)
-        if places is None:
-            return
-        if count > places + self.limits.slots:
-            raise RequestError(f"n = {count}: at most {places + self.limits.slots} answers can run or wait at once")
-        if waiting + count > places + free:
-            raise RequestError(
-                f"the queue is full: {waiting} answers wait, of {places} that may besides {free} that can start; "
-                f"{count} needed; try again later"
-            )
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence."""

@@ -34,7 +34,7 @@ class Packed(NamedTuple):
     """Chunks of sequences in tiles of `w = t / a` tokens; a chunk begins a tile, at a multiple of `w` in its sequence.
 
     All ranks know all of it, but slots: those are a rank's own, and one more than the last where the sequence is
-    another's. The past is what the cache has of these sequences, in pages of `w` tokens; `p` may be 0.
+    another's. The past is what the cache has of these sequences, in pages of `w` tokens; `o` may be 0.
     """
 
     tokens_t: Int[AnyArray, " t"]
@@ -43,9 +43,9 @@ class Packed(NamedTuple):
     first_a: Int[AnyArray, " a"]  # the first tile of the tile's chunk
     starts_a: Int[AnyArray, " a"]  # where in its sequence that one begins
     past_a: Int[AnyArray, " a"]  # where in the past its sequence begins
-    past_slots_p: Int[AnyArray, " p"]
-    past_starts_p: Int[AnyArray, " p"]  # the position of each page's first token
-    pages_sp: Int[AnyArray, "s pages"]  # of this rank's sequences
+    past_slots_o: Int[AnyArray, " o"]
+    past_starts_o: Int[AnyArray, " o"]  # the position of each page's first token
+    pages_sp: Int[AnyArray, "s p"]  # of this rank's sequences
 
     @property
     def tile(self) -> int:
@@ -148,16 +148,16 @@ def draft_packed(
     return Draft(rms_norm(x_sd, mtp.norm, cfg.norm_eps), cache, load_e)
 
 
-def to_owners(x_td: Float[Array, "t d"], index_s: Int[Array, " s"], ranks: Ranks) -> Float[Array, "rows d"]:
+def to_owners(x_td: Float[Array, "t d"], index_i: Int[Array, " i"], ranks: Ranks) -> Float[Array, "s d"]:
     """The states of some tokens, wherever they were computed, on the ranks that want them.
 
-    `index_s` are their places among all tokens, as many for each rank, one rank's after another's. A place past the
+    `index_i` are their places among all tokens, as many for each rank, one rank's after another's. A place past the
     last is none.
     """
-    here_s = index_s - ranks.rank * x_td.shape[0]
-    held_s = (here_s >= 0) & (here_s < x_td.shape[0])
-    rows = jnp.where(held_s[:, None], jnp.take(x_td, here_s, axis=0, mode="clip"), 0)
-    return jax.lax.psum_scatter(rows, ranks.axes, tiled=True)
+    here_i = index_i - ranks.rank * x_td.shape[0]
+    held_i = (here_i >= 0) & (here_i < x_td.shape[0])
+    rows_id = jnp.where(held_i[:, None], jnp.take(x_td, here_i, axis=0, mode="clip"), 0)
+    return jax.lax.psum_scatter(rows_id, ranks.axes, tiled=True)
 
 
 def mine(column: AnyArray, ranks: Ranks) -> Array:
@@ -192,7 +192,7 @@ def _extend(cache: Leaf, entries: Leaf, packed: Packed) -> Leaf:
 
 def _memory(cache: Leaf, entries: Leaf, packed: Packed, ranks: Ranks) -> tuple[Leaf, Batch]:
     """All that attention may look at, in pages of `w` tokens: the past, then the step's own; and the way to them."""
-    w, count = packed.tile, packed.past_slots_p.shape[0]
+    w, count = packed.tile, packed.past_slots_o.shape[0]
     pages = jax.tree.map(lambda rows: rows.reshape(-1, w, *rows.shape[1:]), entries)
     if count:
         past = _past(cache, packed, ranks)
@@ -208,13 +208,13 @@ def _memory(cache: Leaf, entries: Leaf, packed: Packed, ranks: Ranks) -> tuple[L
 def _past(cache: Leaf, packed: Packed, ranks: Ranks) -> Leaf:
     """What the ranks' caches have of the sequences: each rank gives the pages of its own, and zeros for the others'."""
     b = jax.tree.leaves(cache)[0].shape[1]
-    known_p = packed.past_slots_p < packed.pages_sp.shape[0]
-    places_pw = packed.past_starts_p[:, None] + jnp.arange(packed.tile)[None]
-    ids_pw = packed.pages_sp[jnp.where(known_p, packed.past_slots_p, 0)[:, None], places_pw // b]
+    known_o = packed.past_slots_o < packed.pages_sp.shape[0]
+    places_ow = packed.past_starts_o[:, None] + jnp.arange(packed.tile)[None]
+    ids_ow = packed.pages_sp[jnp.where(known_o, packed.past_slots_o, 0)[:, None], places_ow // b]
 
     def give(pages):
-        rows = pages[ids_pw, places_pw % b]
-        return jnp.where(known_p.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+        rows = pages[ids_ow, places_ow % b]
+        return jnp.where(known_o.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
 
     return jax.lax.psum(jax.tree.map(give, cache), ranks.axes)
 

@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("parallel", "layers", "checkpoints", "jaxserve")  # each may import itself and those to its left
-HOST = ("chat", "completion", "pages", "request", "scheduler", "serving", "tokenizer")  # plain Python, without JAX
+HOST = (
+    "chat",
+    "completion",
+    "pages",
+    "ranked",
+    "request",
+    "scheduler",
+    "serving",
+    "tokenizer",
+)  # plain Python, without JAX
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -54,7 +54,6 @@ def test_on_emulated_devices_the_text_is_the_same(tiny):
     alone, spread = run(*given), run(*given, "--mesh", "2x2")
     assert spread.returncode == 0, spread.stderr
     assert spread.stdout == alone.stdout
-    assert run(*given, "--devices", "3").stdout == alone.stdout
 
 
 def test_a_mesh_that_is_none_or_too_large_is_named(tiny):

@@ -132,21 +132,20 @@ def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, tog
     check(engine(name, drafts), name, sampled, chunked, hit, together, preempted)
 
 
-@pytest.mark.parametrize("preempted", [False, True], ids=["undisturbed", "preempted"])
-@pytest.mark.parametrize("hit", [False, True], ids=["cold", "hit"])
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+ON_MESHES = {  # with guesses or without; its answers greedy or sampled
+    ("embedded", 1, (2, 4), True): [(False, False, False), (True, True, True)],
+    ("deepseek_v3", 0, (4, 2), True): list(itertools.product([False, True], repeat=3)),
+    ("deepseek_v2_lite", 0, (1, 8), False): [(False, False, False), (True, True, True), (True, False, True)],
+    ("qwen3_moe", 0, (2, 4), False): [(False, False, False), (True, True, True), (False, True, True)],
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "drafts", "shape", "sampled"),
+    ("name", "drafts", "shape", "sampled", "chunked", "hit", "preempted"),
     [
-        pytest.param(*which, marks=pytest.mark.xdist_group(which[0]))
-        for which in (
-            ("embedded", 1, (2, 4), True),
-            ("deepseek_v2_lite", 0, (1, 8), False),
-            ("deepseek_v2_lite", 0, (1, 8), True),
-            ("deepseek_v3", 0, (4, 2), False),
-            ("deepseek_v3", 0, (4, 2), True),
-            ("qwen3_moe", 0, (2, 4), False),
-        )
+        pytest.param(*which, *features, marks=pytest.mark.xdist_group(which[0]))
+        for which, each in ON_MESHES.items()
+        for features in each
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.pages import ROOT, Content, PagePool
-from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler import Chunk, Limits, Plan, Room, Scheduler, Sequence
 
@@ -367,22 +366,6 @@ def check_answer(s: Sequence, wish: Wish) -> None:
 
 def chunks(plan: Plan) -> list[tuple[int, int]]:
     return [(chunk.start, chunk.end) for chunk in plan.chunks]
-
-
-def test_a_full_queue_refuses_with_numbers_and_queues_nothing():
-    play = Play(pages=20, queued=3)  # besides four that run
-    play.scheduler.check(7)
-    with pytest.raises(RequestError, match="n = 8: at most 7 answers can run or wait at once"):
-        play.scheduler.check(8)
-    play.add(Wish((1,), n=2))
-    full = "the queue is full: 2 answers wait, of 3 that may besides 4 that can start; 6 needed; try again later"
-    with pytest.raises(RequestError, match=full):
-        play.scheduler.check(6)
-    assert play.scheduler.num_waiting == 2
-    play.step()
-    play.scheduler.check(5)
-    with pytest.raises(RequestError, match="0 answers wait, of 3 that may besides 2 that can start; 6 needed"):
-        play.scheduler.check(6)
 
 
 def test_a_long_prompt_is_cut_into_chunks_while_rows_go_on():

@@ -16,7 +16,8 @@ from jaxserve.options import EngineConfig
 from jaxserve.pages import PagePool
 from jaxserve.parallel.sharding import initialize
 from jaxserve.request import Output, Request, SamplingParams
-from tests.jaxserve.conftest import GOLDENS, SIZE, word_tokenizer
+from jaxserve.slots import mark
+from tests.jaxserve.conftest import GOLDENS, SIZE, with_few_shapes, word_tokenizer
 
 REQUESTS = int(os.environ.get("REQUESTS", 300))  # REQUESTS=5000 make pytest ARGS=tests/jaxserve/test_trace.py
 VOCABULARY = 97
@@ -138,25 +139,28 @@ def check_answer(request: Request, outputs: list[Output]) -> None:
 
 
 def make_engine(name: str, drafts: int) -> Engine:
-    """All is compiled. Of its eight pages five are handed out: so it is the size of other tests, and has too few."""
+    """All is compiled. Of its eight pages four are handed out: so it is the size of other tests, and has too few."""
     cfg, model = hf.load(GOLDENS / name)
     if drafts:  # by a module of random weights
         cfg = replace(cfg, mtp_layers=1)
         model = model._replace(mtp=initialize(model_params(cfg).mtp, jax.random.key(0)))
-    size = SIZE | {"warmup": True, "num_speculative_tokens": drafts, "speculation_entropy": 10.0}
+    size = SIZE | {"num_speculative_tokens": drafts, "speculation_entropy": 10.0}
     engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), EngineConfig(**size))
-    engine._schedulers[0].pool = PagePool(5, engine.options.page_size, lookahead=drafts)
+    if drafts:  # they take long to compile
+        with_few_shapes(engine)
+    engine._programs.compile([*engine._shapes.prefill, *engine._shapes.decode, mark])
+    engine._schedulers[0].pool = PagePool(4, engine.options.page_size, lookahead=drafts)
     return engine
 
 
-@pytest.mark.parametrize(("name", "drafts"), [("qwen3", 0), ("deepseek_v3", 1)])
-def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(name, drafts):
+@pytest.mark.parametrize(("name", "drafts", "requests"), [("qwen3", 0, REQUESTS), ("deepseek_v3", 1, REQUESTS // 2)])
+def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(name, drafts, requests):
     engine = make_engine(name, drafts)
     client = Client(engine, rng := random.Random(1))
     with watch_compilations() as events:
-        while client.asked < REQUESTS or client.open:
-            if client.asked < REQUESTS and len(client.open) < 30 and rng.random() < 0.2:
-                for _ in range(min(rng.randint(1, 12), REQUESTS - client.asked)):
+        while client.asked < requests or client.open:
+            if client.asked < requests and len(client.open) < 30 and rng.random() < 0.2:
+                for _ in range(min(rng.randint(1, 12), requests - client.asked)):
                     client.ask()
             if client.open and rng.random() < 0.02:
                 client.abort()
@@ -168,9 +172,9 @@ def test_any_trace_is_answered_once_and_nothing_is_compiled_after_the_start(name
     assert (engine.busy, list(scheduler), scheduler.pool.used) == (False, [], 0)
     assert engine.step() == []
     assert (counters.waiting, counters.running, counters.pages_used) == (0, 0, 0)
-    assert counters.preemptions > 20
+    assert counters.preemptions > 10
     assert counters.cached_tokens > 0
-    assert client.aborted > 20
+    assert client.aborted > 5
     assert counters.wide_rows >= 1000 * drafts
     assert sum(counters.accepted) >= 10 * drafts
 

@@ -44,12 +44,9 @@ def on_ranks(model, batches: list[Batch], cfg, mesh, how: Ranks):
 @pytest.mark.parametrize(
     ("family", "shape", "redundant", "shared_ranks"),
     [
-        ("deepseek_v2", (1, 8), 0, 0),
         ("deepseek_v2_lite", (2, 4), 9, 0),
         ("deepseek_v2_lite", (1, 8), 0, 3),
-        ("deepseek_v3", (4, 2), 0, 0),
         ("deepseek_v3", (2, 4), 5, 2),
-        ("qwen3", (2, 4), 0, 0),
         ("qwen3_moe", (8, 1), 9, 0),
     ],
 )

@@ -1,0 +1,84 @@
+"""The schedulers of all ranks of a mesh as one. Plain Python, no JAX."""
+
+import heapq
+from collections.abc import Callable, Iterator
+
+from jaxserve.parallel.errors import RequestError
+from jaxserve.scheduler import Limits, Plan, Room, Scheduler, Sequence
+
+
+class Ranked:
+    """Sequences wait together, and belong to a rank from when one can take them on.
+
+    So whoever is first in order starts wherever a slot becomes free. On a single rank its scheduler has them at once.
+    """
+
+    def __init__(self, ranks: int, make: Callable[[], Scheduler]):
+        self.ranks = [make() for _ in range(ranks)]
+        self._waiting: list[Sequence] = []  # a heap, of those without a rank
+        self._turn = 0
+
+    @property
+    def limits(self) -> Limits:
+        return self.ranks[0].limits
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + sum(rank.num_waiting for rank in self.ranks)
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def __iter__(self) -> Iterator[Scheduler]:
+        return iter(self.ranks)
+
+    def __getitem__(self, rank: int) -> Scheduler:
+        return self.ranks[rank]
+
+    def check(self, count: int) -> None:
+        """Raises RequestError if there is no room for `count` sequences more: free slots, and places in the queue."""
+        places, waiting = self.limits.queued, self.num_waiting
+        free, slots = sum(rank.num_free for rank in self.ranks), self.limits.slots * len(self.ranks)
+        if places is None:
+            return
+        if count > places + slots:
+            raise RequestError(f"n = {count}: at most {places + slots} answers can run or wait at once")
+        if waiting + count > places + free:
+            raise RequestError(
+                f"the queue is full: {waiting} answers wait, of {places} that may besides {free} that can start; "
+                f"{count} needed; try again later"
+            )
+
+    def add(self, s: Sequence) -> None:
+        """Queues a sequence."""
+        heapq.heappush(self._waiting, s)
+
+    def finish(self, s: Sequence) -> None:
+        """Takes back all that a sequence holds, whether it waits or runs."""
+        if s in self._waiting:
+            self._waiting.remove(s)
+            heapq.heapify(self._waiting)
+        else:
+            self.ranks[s.rank].finish(s)
+
+    def schedule(self, rounds: int, room: Room | None = None) -> list[Plan]:
+        """Plans a step of all ranks, of as many rounds on each; they share the `room` for chunks."""
+        self._assign()
+        rounds = rounds if not self._waiting and all(rank.allows(rounds) for rank in self.ranks) else 1
+        plans: dict[int, Plan] = {}
+        self._turn += 1
+        for turn in range(len(self.ranks)):  # who comes first changes, so that nobody always gets the rest
+            number = (self._turn + turn) % len(self.ranks)
+            plans[number] = plan = self.ranks[number].schedule(rounds, room)
+            room = room and room.without(plan.chunks, self.limits.tile)
+        return [plans[number] for number in range(len(self.ranks))]
+
+    def _assign(self) -> None:
+        """Gives those that wait to ranks that have a slot for them: where most of their prompt is, and least else."""
+        while self._waiting:
+            able = [n for n, rank in enumerate(self.ranks) if rank.num_free > rank.num_waiting or len(self.ranks) == 1]
+            if not able:
+                return
+            s = heapq.heappop(self._waiting)
+            s.rank = min(able, key=lambda number: self.ranks[number].load_with(s))
+            self.ranks[s.rank].add(s)
