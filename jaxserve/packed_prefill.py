@@ -26,8 +26,8 @@ class SharedPack(NamedTuple):
     first_a: Int[Array, " a"]
     starts_a: Int[Array, " a"]
     past_a: Int[Array, " a"]
-    past_slots_o: Int[Array, " o"]  # this rank's
-    past_starts_o: Int[Array, " o"]
+    past_slots_p: Int[Array, " p"]  # this rank's
+    past_starts_p: Int[Array, " p"]
     rows_s: Int[Array, " s"]  # this rank's slots of sequences that this completes; the others are none
     last_s: Int[Array, " all_s"]  # of every rank, where in `t` the last tokens of those are; for none, t
     reported: Bool[Array, ""]  # log-probabilities of the known tokens are wanted
@@ -40,8 +40,8 @@ def prefill_packed(
     """`steps.prefill` inside a `shard_map`: the next tokens are chosen on the ranks that the sequences belong to."""
     slots, rows_s = state.slots, pack.rows_s
     packed = Packed(
-        pack.tokens_t, pack.positions_t, pack.slots_a, pack.first_a, pack.starts_a, pack.past_a, pack.past_slots_o,
-        pack.past_starts_o, table.pages_sp,
+        pack.tokens_t, pack.positions_t, pack.slots_a, pack.first_a, pack.starts_a, pack.past_a, pack.past_slots_p,
+        pack.past_starts_p, table.pages_sp,
     )  # fmt: skip
     out = forward_packed(model, packed, state.cache, cfg, ranks)
     place_s = take(pack.positions_t, mine(pack.last_s, ranks))

@@ -65,8 +65,8 @@ class Packer:
             known["next_t"][begin : begin + len(following)] = following
             known["positions_t"][begin:end] = np.arange(chunk.start, chunk.end)
             known["first_a"][tiles], known["starts_a"][tiles], known["past_a"][tiles] = tile, chunk.start, past
-            known["past_starts_o"][past : past + before] = w * np.arange(before)
-            own["slots_a"][s.rank, tiles] = own["past_slots_o"][s.rank, past : past + before] = s.slot
+            known["past_starts_p"][past : past + before] = w * np.arange(before)
+            own["slots_a"][s.rank, tiles] = own["past_slots_p"][s.rank, past : past + before] = s.slot
             if row is not None:
                 own["rows_s"][divmod(row, size)], known["last_s"][row] = s.slot, end - 1
         known["reported"] = np.array(any(spot.chunk.sequence.whole for spot in spots))
@@ -147,12 +147,12 @@ def _shared_padding(shape: Tiles, rows: int) -> dict[str, Any]:
         "next_t": np.zeros(shape.tokens, np.int32),
         "positions_t": np.full(shape.tokens, -1, np.int32),
         **{name: np.zeros(shape.number, np.int32) for name in ("first_a", "starts_a", "past_a")},
-        "past_starts_o": np.zeros(shape.past, np.int32),
+        "past_starts_p": np.zeros(shape.past, np.int32),
         "last_s": np.full(rows, shape.tokens, np.int32),
     }
 
 
 def _owned_padding(shape: Tiles, rows: int, ranks: int, nobody: int) -> dict[str, Any]:
     """What is each rank's own of it."""
-    sizes = {"slots_a": shape.number, "past_slots_o": shape.past, "rows_s": rows}
+    sizes = {"slots_a": shape.number, "past_slots_p": shape.past, "rows_s": rows}
     return {name: np.full((ranks, size), nobody, np.int32) for name, size in sizes.items()}

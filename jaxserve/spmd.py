@@ -26,7 +26,7 @@ def _each(fields: Any, spec: PartitionSpec, **others: PartitionSpec) -> Any:
 
 CHOSEN = _each(Chosen, ROUNDS_FIRST, wide=SAME)
 TAKES = {  # after the model and the state
-    prefill_packed: (SPLIT, _each(SharedPack, SAME, slots_a=SPLIT, past_slots_o=SPLIT, rows_s=SPLIT), SPLIT),
+    prefill_packed: (SPLIT, _each(SharedPack, SAME, slots_a=SPLIT, past_slots_p=SPLIT, rows_s=SPLIT), SPLIT),
     decode: (SPLIT, SPLIT, SPLIT, SAME, SAME),
     mark: (SPLIT, SAME, SAME, SAME),
     move: (SAME, SAME),

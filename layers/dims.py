@@ -38,7 +38,6 @@ DIMS = {
     "k": "experts chosen per token",
     "m": "replicas of an expert",
     "i": "rows of an exchange's buffer: tokens of all ranks, for one's experts",
-    "o": "tiles of what stands before the chunks of a step",
     "f": "feed-forward width",
     "p": "pages",
     "b": "tokens per page",

@@ -34,7 +34,7 @@ class Packed(NamedTuple):
     """Chunks of sequences in tiles of `w = t / a` tokens; a chunk begins a tile, at a multiple of `w` in its sequence.
 
     All ranks know all of it, but slots: those are a rank's own, and one more than the last where the sequence is
-    another's. The past is what the cache has of these sequences, in pages of `w` tokens; `o` may be 0.
+    another's. The past is what the cache has of these sequences, in pages of `w` tokens; `p` may be 0.
     """
 
     tokens_t: Int[AnyArray, " t"]
@@ -43,8 +43,8 @@ class Packed(NamedTuple):
     first_a: Int[AnyArray, " a"]  # the first tile of the tile's chunk
     starts_a: Int[AnyArray, " a"]  # where in its sequence that one begins
     past_a: Int[AnyArray, " a"]  # where in the past its sequence begins
-    past_slots_o: Int[AnyArray, " o"]
-    past_starts_o: Int[AnyArray, " o"]  # the position of each page's first token
+    past_slots_p: Int[AnyArray, " p"]
+    past_starts_p: Int[AnyArray, " p"]  # the position of each page's first token
     pages_sp: Int[AnyArray, "s p"]  # of this rank's sequences
 
     @property
@@ -192,7 +192,7 @@ def _extend(cache: Leaf, entries: Leaf, packed: Packed) -> Leaf:
 
 def _memory(cache: Leaf, entries: Leaf, packed: Packed, ranks: Ranks) -> tuple[Leaf, Batch]:
     """All that attention may look at, in pages of `w` tokens: the past, then the step's own; and the way to them."""
-    w, count = packed.tile, packed.past_slots_o.shape[0]
+    w, count = packed.tile, packed.past_slots_p.shape[0]
     pages = jax.tree.map(lambda rows: rows.reshape(-1, w, *rows.shape[1:]), entries)
     if count:
         past = _past(cache, packed, ranks)
@@ -208,13 +208,13 @@ def _memory(cache: Leaf, entries: Leaf, packed: Packed, ranks: Ranks) -> tuple[L
 def _past(cache: Leaf, packed: Packed, ranks: Ranks) -> Leaf:
     """What the ranks' caches have of the sequences: each rank gives the pages of its own, and zeros for the others'."""
     b = jax.tree.leaves(cache)[0].shape[1]
-    known_o = packed.past_slots_o < packed.pages_sp.shape[0]
-    places_ow = packed.past_starts_o[:, None] + jnp.arange(packed.tile)[None]
-    ids_ow = packed.pages_sp[jnp.where(known_o, packed.past_slots_o, 0)[:, None], places_ow // b]
+    known_p = packed.past_slots_p < packed.pages_sp.shape[0]
+    places_pw = packed.past_starts_p[:, None] + jnp.arange(packed.tile)[None]
+    ids_pw = packed.pages_sp[jnp.where(known_p, packed.past_slots_p, 0)[:, None], places_pw // b]
 
     def give(pages):
-        rows = pages[ids_ow, places_ow % b]
-        return jnp.where(known_o.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+        rows = pages[ids_pw, places_pw % b]
+        return jnp.where(known_p.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
 
     return jax.lax.psum(jax.tree.map(give, cache), ranks.axes)
 

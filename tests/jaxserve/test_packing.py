@@ -103,8 +103,8 @@ def test_chunks_of_all_ranks_lie_one_after_another_and_slots_are_told_to_their_r
     assert pack.first_a.tolist() == [0, 1, 1, 3, 3, 0]
     assert pack.starts_a.tolist() == [0, 8, 8, 4, 4, 0]
     assert pack.past_a.tolist() == [0, 0, 0, 2, 2, 0]
-    assert pack.past_slots_o.reshape(2, -1).tolist() == [[4, 4, 4, 4], [1, 1, 0, 4]]
-    assert pack.past_starts_o.tolist() == [0, 4, 0, 0]
+    assert pack.past_slots_p.reshape(2, -1).tolist() == [[4, 4, 4, 4], [1, 1, 0, 4]]
+    assert pack.past_starts_p.tolist() == [0, 4, 0, 0]
     assert pack.rows_s.reshape(2, -1).tolist() == [[1, 4, 4, 4], [0, 4, 4, 4]]
     assert pack.last_s.tolist() == [2, 24, 24, 24, 16, 24, 24, 24]
     assert masks.masked_s.tolist() == [False] * 4 + [True] + [False] * 3

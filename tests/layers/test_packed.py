@@ -36,7 +36,7 @@ def pack(prompts: list[np.ndarray], chunks: list[Chunk], tiles: int, past: int) 
     columns: dict[str, Any] = {name: np.zeros(tiles, np.int32) for name in ("first_a", "starts_a", "past_a")}
     tokens_t, positions_t = np.zeros(tiles * TILE, np.int32), np.full(tiles * TILE, -1, np.int32)
     slots_ra, past_slots_rp = np.full((8, tiles), SLOTS, np.int32), np.full((8, past), SLOTS, np.int32)
-    past_starts_o, tile, behind = np.zeros(past, np.int32), 0, 0
+    past_starts_p, tile, behind = np.zeros(past, np.int32), 0, 0
     for prompt, start, end in chunks:
         (rank, slot), count, old = OWNERS[prompt], -(-(end - start) // TILE), start // TILE
         begin = tile * TILE
@@ -46,12 +46,12 @@ def pack(prompts: list[np.ndarray], chunks: list[Chunk], tiles: int, past: int) 
         for name, value in (("first_a", tile), ("starts_a", start), ("past_a", behind)):
             columns[name][tile : tile + count] = value
         past_slots_rp[rank, behind : behind + old] = slot
-        past_starts_o[behind : behind + old] = np.arange(old) * TILE
+        past_starts_p[behind : behind + old] = np.arange(old) * TILE
         tile, behind = tile + count, behind + old
     pages_sp = np.tile(page_table(SLOTS, PAGES, seed=3), (8, 1))
     return Packed(
-        tokens_t, positions_t, slots_ra.reshape(-1), **columns, past_slots_o=past_slots_rp.reshape(-1),
-        past_starts_o=past_starts_o, pages_sp=pages_sp,
+        tokens_t, positions_t, slots_ra.reshape(-1), **columns, past_slots_p=past_slots_rp.reshape(-1),
+        past_starts_p=past_starts_p, pages_sp=pages_sp,
     )  # fmt: skip
 
 
