@@ -202,7 +202,7 @@ class Engine:
         return self._load_le.copy()
 
     def rebalance(self, slots_lx: np.ndarray) -> None:
-        """Moves experts to other ranks, in the course of the next steps: slot by slot of each layer, which it holds.
+        """Moves experts to other ranks, in the course of the next steps; `slots_lx` is the expert in each slot.
 
         `parallel.placement` has what makes a placement from a load. No token changes, and nothing is compiled. Raises
         ShardingError if the engine has no mesh, or the placement can't be reached.
@@ -243,6 +243,7 @@ class Engine:
         return self._devices.make(lambda: State(empty(slots, self.drafts, self.cfg.vocab_size), *zeros((cache, load))))
 
     def _make_shapes(self) -> Shapes:
+        """The shapes of steps: on a mesh, prompts are shared by the ranks, and rows are those of each."""
         sizes = self.options.max_num_batched_tokens, self.options.max_num_seqs
         if self._devices.mesh is None:
             return Shapes.of(*sizes)

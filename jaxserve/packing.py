@@ -43,10 +43,7 @@ class Packer:
         columns = _padding(shape, self._nobody)
         for chunk, begin, row, _ in spots:
             s, end = chunk.sequence, begin + chunk.size
-            columns["tokens_t"][begin:end] = s.tokens[chunk.start : chunk.end]
-            following = s.tokens[chunk.start + 1 : chunk.end + 1]
-            columns["next_t"][begin : begin + len(following)] = following
-            columns["positions_t"][begin:end] = np.arange(chunk.start, chunk.end)
+            _write_tokens(columns, chunk, begin)
             columns["slots_a"][begin // shape.width : -(-end // shape.width)] = s.slot
             if row is not None:
                 columns["rows_a"][row], columns["last_a"][row] = s.slot, end - 1
@@ -60,10 +57,7 @@ class Packer:
         for chunk, begin, row, past in spots:
             s, end, tile, before = chunk.sequence, begin + chunk.size, begin // w, chunk.start // w
             tiles = slice(tile, -(-end // w))
-            known["tokens_t"][begin:end] = s.tokens[chunk.start : chunk.end]
-            following = s.tokens[chunk.start + 1 : chunk.end + 1]
-            known["next_t"][begin : begin + len(following)] = following
-            known["positions_t"][begin:end] = np.arange(chunk.start, chunk.end)
+            _write_tokens(known, chunk, begin)
             known["first_a"][tiles], known["starts_a"][tiles], known["past_a"][tiles] = tile, chunk.start, past
             known["past_starts_p"][past : past + before] = w * np.arange(before)
             own["slots_a"][s.rank, tiles] = own["past_slots_p"][s.rank, past : past + before] = s.slot
@@ -128,12 +122,26 @@ def _completed(spots: Items[Spot]) -> dict[int, Sequence]:
     return {spot.row: spot.chunk.sequence for spot in spots if spot.row is not None}
 
 
+def _write_tokens(columns: dict[str, Any], chunk: Chunk, begin: int) -> None:
+    """A chunk's tokens, those that follow them as far as they are known, and their positions."""
+    tokens, end = chunk.sequence.tokens, begin + chunk.size
+    following = tokens[chunk.start + 1 : chunk.end + 1]
+    columns["tokens_t"][begin:end] = tokens[chunk.start : chunk.end]
+    columns["next_t"][begin : begin + len(following)] = following
+    columns["positions_t"][begin:end] = np.arange(chunk.start, chunk.end)
+
+
+def _no_tokens(count: int) -> dict[str, Any]:
+    return {
+        "tokens_t": np.zeros(count, np.int32),
+        "next_t": np.zeros(count, np.int32),
+        "positions_t": np.full(count, -1, np.int32),
+    }
+
+
 def _padding(shape: Tiles, nobody: int) -> dict[str, Any]:
     """The columns of a `Pack` without chunks."""
-    return {
-        "tokens_t": np.zeros(shape.tokens, np.int32),
-        "next_t": np.zeros(shape.tokens, np.int32),
-        "positions_t": np.full(shape.tokens, -1, np.int32),
+    return _no_tokens(shape.tokens) | {
         "slots_a": np.zeros(shape.number, np.int32),
         "rows_a": np.full(shape.number, nobody, np.int32),
         "last_a": np.full(shape.number, shape.tokens, np.int32),
@@ -142,10 +150,7 @@ def _padding(shape: Tiles, nobody: int) -> dict[str, Any]:
 
 def _shared_padding(shape: Tiles, rows: int) -> dict[str, Any]:
     """What all ranks know of a `SharedPack` without chunks."""
-    return {
-        "tokens_t": np.zeros(shape.tokens, np.int32),
-        "next_t": np.zeros(shape.tokens, np.int32),
-        "positions_t": np.full(shape.tokens, -1, np.int32),
+    return _no_tokens(shape.tokens) | {
         **{name: np.zeros(shape.number, np.int32) for name in ("first_a", "starts_a", "past_a")},
         "past_starts_p": np.zeros(shape.past, np.int32),
         "last_s": np.full(rows, shape.tokens, np.int32),

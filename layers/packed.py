@@ -26,7 +26,7 @@ from jaxserve.layers.mla import LatentCache, Mla, attend_queries, compressed, la
 from jaxserve.layers.mtp import Draft, join
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import rotate
-from jaxserve.layers.transformer import Layer, Model, Mtp, Output, feed_forward, layer_output
+from jaxserve.layers.transformer import Layer, Model, Mtp, Output, feed_forward, layer_output, through_layers
 from jaxserve.parallel.dispatch import Ranks, bits, values
 
 
@@ -65,14 +65,8 @@ class Part(NamedTuple):
 
 def forward_packed(model: Model, packed: Packed, cache: tuple[Any, ...], cfg: Config, ranks: Ranks) -> Output:
     """`transformer.forward` for packed prompts: the hidden states are those of this rank's part of the tokens."""
-    part = packed.part(ranks)
-    x_td, caches, loads = model.embed[part.tokens_t], list(cache), []
-    for i, layer in enumerate(model.layers):
-        x_td, caches[i], load_e = packed_layer(layer, x_td, caches[i], packed, cfg, ranks)
-        if load_e is not None:
-            loads.append(load_e)
-    load_le = jnp.stack(loads) if loads else jnp.zeros((0, 0), jnp.int32)
-    return Output(rms_norm(x_td, model.norm, cfg.norm_eps), tuple(caches), load_le)
+    run = partial(packed_layer, packed=packed, cfg=cfg, ranks=ranks)
+    return through_layers(model, packed.part(ranks).tokens_t, cache, run, cfg)
 
 
 @partial(jax.jit, static_argnames=("cfg", "ranks"))  # traced once for all layers of a kind

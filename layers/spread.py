@@ -84,6 +84,8 @@ def shared_parts(cfg: Config, apart: bool) -> int:
     match cfg.experts:
         case Experts(shared_width=shared, width=width) if apart and shared and shared % width == 0:
             return shared // width
+        case Experts(shared_width=0) if apart:
+            raise ShardingError("the model has no shared expert; it can have no ranks of its own")
         case Experts(shared_width=shared, width=width) if apart:
             raise ShardingError(f"the shared expert, of width {shared}, can't be cut into experts of width {width}")
     return 0

@@ -1,5 +1,6 @@
 """The whole model as functions of its weights, a step's tokens and the cache."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -96,10 +97,16 @@ def forward(model: Model, batch: Batch, cache: tuple[Any, ...], cfg: Config, ran
 
     With `ranks`, inside a `shard_map`, each has its own batch and cache, and some of the experts.
     """
-    x_td = model.embed[batch.tokens_t]
-    caches, loads = list(cache), []
+    return through_layers(model, batch.tokens_t, cache, partial(decoder_layer, batch=batch, cfg=cfg, ranks=ranks), cfg)
+
+
+def through_layers(
+    model: Model, tokens_t: Int[AnyArray, " t"], cache: tuple[Any, ...], run: Callable[..., Any], cfg: Config
+) -> Output:
+    """Embeds tokens, and lets `run(layer, x_td, cache)` give each layer's states, cache and load."""
+    x_td, caches, loads = model.embed[tokens_t], list(cache), []
     for i, layer in enumerate(model.layers):
-        x_td, caches[i], load_e = decoder_layer(layer, x_td, caches[i], batch, cfg, ranks)
+        x_td, caches[i], load_e = run(layer, x_td, caches[i])
         if load_e is not None:
             loads.append(load_e)
     load_le = jnp.stack(loads) if loads else jnp.zeros((0, 0), jnp.int32)

@@ -105,6 +105,8 @@ def test_shared_experts_take_the_first_ranks_and_the_others_the_rest():
         in_order(wide, 10, shared_ranks=2)
     with pytest.raises(ShardingError, match="6 ranks for the shared expert, of 6"):
         in_order(cfg, 6, shared_ranks=6)
+    with pytest.raises(ShardingError, match="the model has no shared expert"):
+        in_order(Config.tiny("qwen3_moe"), 6, shared_ranks=2)
     odd = replace(cfg, experts=replace(cfg.experts, shared_width=cfg.experts.width + 1))
     with pytest.raises(ShardingError, match="can't be cut into experts of width"):
         in_order(odd, 6, shared_ranks=2)
