@@ -95,9 +95,15 @@ def gqa(
 ) -> Float[Array, "t d"]:
     """Attends to the cache, which has the tokens' own keys and values."""
     check_heads(p.w_q, att.heads)
+    return merge_heads(gqa_heads(p, x_td, cache, batch, cfg, att), p.w_o)
+
+
+def gqa_heads(
+    p: Gqa, x_td: Float[Array, "t d"], cache: KeyValueCache | Fresh, batch: Batch, cfg: Config, att: GroupedAttention
+) -> Float[Array, "t h v"]:
+    """What each head makes of what it attends to, before they are merged."""
     q_thr = rms_norm(einsum("td,hrd->thr", x_td, p.w_q), p.q_norm, cfg.norm_eps)
-    o_thv = attend_grouped(rotate(q_thr, batch.positions_t, cfg.rope), cache, batch, att)
-    return merge_heads(o_thv, p.w_o)
+    return attend_grouped(rotate(q_thr, batch.positions_t, cfg.rope), cache, batch, att)
 
 
 def check_heads(w: Leaf, heads: int) -> None:

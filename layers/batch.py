@@ -51,6 +51,12 @@ class Rows(NamedTuple):
     slots_s: Int[Array, " s"]  # the sequence of each
 
 
+def whole(tokens_st: Int[AnyArray, "s t"]) -> Batch:
+    """Whole sequences of equal length, each a tile, and in a page of its own."""
+    s, t = tokens_st.shape
+    return Batch(tokens_st.reshape(-1), jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
+
+
 def pick(batch: Batch, rows: Rows) -> Batch:
     """Some tokens of a batch as one, a tile each."""
     positions_s = jnp.take(batch.positions_t, rows.index_s, mode="fill", fill_value=-1)

@@ -76,8 +76,15 @@ def mla(
 ) -> Float[Array, "t d"]:
     """Attends to the cache, which has the tokens' own latents, in the form that costs less."""
     check_heads(p.w_uk, att.heads)
+    return merge_heads(mla_heads(p, x_td, cache, batch, cfg, att), p.w_o)
+
+
+def mla_heads(
+    p: Mla, x_td: Float[Array, "t d"], cache: LatentCache | Fresh, batch: Batch, cfg: Config, att: LatentAttention
+) -> Float[Array, "t h v"]:
+    """What each head makes of what it attends to, before they are merged."""
     q_thn, q_thr = queries(p, compressed(p, x_td), batch, cfg, att)
-    return merge_heads(attend_queries(p, q_thn, q_thr, cache, batch, att), p.w_o)
+    return attend_queries(p, q_thn, q_thr, cache, batch, att)
 
 
 def attend_queries(

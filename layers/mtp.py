@@ -67,6 +67,10 @@ def follow(model: Model, mtp: Mtp, hidden_td: Float[Array, "t d"], batch: Batch,
 
 def join(model: Model, mtp: Mtp, hidden_td: Array, tokens_t: AnyArray, cfg: Config) -> Float[Array, "t d"]:
     """What the module's layer computes from: hidden states, and the embeddings of the tokens that follow them."""
-    embedded_td = rms_norm(model.embed[tokens_t], mtp.embed_norm, cfg.norm_eps)
-    joined_tz = jnp.concatenate([embedded_td, rms_norm(hidden_td, mtp.hidden_norm, cfg.norm_eps)], axis=-1)
-    return einsum("tz,dz->td", joined_tz, mtp.w_join)
+    return einsum("tz,dz->td", joined(mtp, model.embed[tokens_t], hidden_td, cfg), mtp.w_join)
+
+
+def joined(mtp: Mtp, embedded_td: Array, hidden_td: Array, cfg: Config) -> Float[Array, "t z"]:
+    """Embeddings and hidden states side by side, each normed."""
+    norms = (embedded_td, mtp.embed_norm), (hidden_td, mtp.hidden_norm)
+    return jnp.concatenate([rms_norm(x_td, gain, cfg.norm_eps) for x_td, gain in norms], axis=-1)

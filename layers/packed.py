@@ -32,6 +32,7 @@ from jaxserve.layers.transformer import (
     Mtp,
     Output,
     States,
+    compensate,
     each,
     feed_forward,
     through_layers,
@@ -147,7 +148,8 @@ def packed_output(
         y_td = mla_over_ranks(p.attn, shared, cache, packed, cfg, ranks)
     else:
         y_td = gqa_over_ranks(p.attn, shared, cache, packed, cfg, ranks)
-    return feed_forward(p, x_td + y_td, packed.part(ranks).positions_t >= 0, cfg, ranks)
+    x_td = x_td + compensate(y_td, p.attn_bias)
+    return feed_forward(p, x_td, packed.part(ranks).positions_t >= 0, cfg, ranks)
 
 
 @jax.named_scope("attention")

@@ -31,6 +31,8 @@ class Layer(NamedTuple):
     attn: Mla | Gqa
     ffn_norm: Leaf  # d    post_attention_layernorm
     ffn: Mlp | Moe
+    attn_bias: Leaf | None = None  # d   of quantized layers: what rounding took from the mean of attention's output
+    ffn_bias: Leaf | None = None  # d    the same of the network's
 
 
 class Mtp(NamedTuple):
@@ -196,22 +198,41 @@ def layer_output(
 
     The second result is the experts' load, None if there are none.
     """
-    x_td = x_td + _attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg)
+    x_td = x_td + attention_output(p, x_td, cache, batch, cfg)
     return feed_forward(p, x_td, batch.positions_t >= 0, cfg, ranks)
+
+
+@jax.named_scope("attention")
+def attention_output(p: Layer, x_td: Float[Array, "t d"], cache: Any, batch: Batch, cfg: Config) -> Float[Array, "t d"]:
+    """What attention adds to the states."""
+    return compensate(_attention(p.attn, rms_norm(x_td, p.attn_norm, cfg.norm_eps), cache, batch, cfg), p.attn_bias)
+
+
+def compensate(y_td: Float[Array, "t d"], bias: Leaf | None) -> Float[Array, "t d"]:
+    """A block's output with what rounding took from its mean, if that was measured."""
+    return y_td if bias is None else y_td + bias.astype(y_td.dtype)[None]
 
 
 def feed_forward(
     p: Layer, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Config, ranks: Ranks | None = None
 ) -> tuple[Float[Array, "t d"], Int[Array, " e"] | None]:
     """The states after a layer's network or mixture, and the experts' load."""
-    normed_td = rms_norm(x_td, p.ffn_norm, cfg.norm_eps)
+    y_td, load_e = network_output(p, x_td, valid_t, cfg, ranks)
+    return x_td + y_td, load_e
+
+
+def network_output(
+    p: Layer, x_td: Float[Array, "t d"], valid_t: Bool[AnyArray, " t"], cfg: Config, ranks: Ranks | None = None
+) -> tuple[Float[Array, "t d"], Int[Array, " e"] | None]:
+    """What a layer's network or mixture adds to the states, and the experts' load."""
+    normed_td, load_e = rms_norm(x_td, p.ffn_norm, cfg.norm_eps), None
     if isinstance(p.ffn, Moe) and cfg.experts:
         y_td, load_e = moe(p.ffn, normed_td, valid_t, cfg.experts, ranks)
-        return x_td + y_td, load_e
-    return x_td + mlp(cast(Mlp, p.ffn), normed_td), None
+    else:
+        y_td = mlp(cast(Mlp, p.ffn), normed_td)
+    return compensate(y_td, p.ffn_bias), load_e
 
 
-@jax.named_scope("attention")
 def _attention(p: Mla | Gqa, x_td: Array, cache: Any, batch: Batch, cfg: Config) -> Float[Array, "t d"]:
     match p, cfg.attention:
         case Mla() as latent, LatentAttention() as att:
