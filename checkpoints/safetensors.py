@@ -17,7 +17,11 @@ DTYPES = {
     "F16": np.float16,
     "F32": np.float32,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I8": np.int8,
+    "I32": np.int32,
 }
+FLOATS = ("BF16", "F16", "F32")
+"""Those of weights that need no scale."""
 
 
 class Tensor(NamedTuple):

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxserve.checkpoints.hf import Progress, check_shapes, not_finite, placement, read_json
+from jaxserve.checkpoints.faults import check_shapes, not_finite
+from jaxserve.checkpoints.hf import Progress, placement, read_json
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model, model_params
 from jaxserve.parallel.errors import CheckpointError

@@ -32,24 +32,37 @@ def in_int8(params: Model) -> Model:
     return params._replace(layers=tuple(map(layer, params.layers)), mtp=mtp)
 
 
-def is_int8(model: Model) -> bool:
-    """Whether a model has such weights, or such `Param`."""
-    return any(isinstance(leaf, QArray) for leaf in jax.tree.leaves(model, is_leaf=_is_quantized))
+def multiplied(params: Model) -> Model:
+    """The same with the head, too: all that can be multiplied in integers if it is stored so."""
+    return in_int8(params)._replace(head=_matrices(params.head))
+
+
+def described(model: Model, params: Model) -> Model:
+    """The tree of `Param` of a model: that of its floats, in INT8 with as many scales where the model's weights are."""
+    one = lambda w, p: quantized(p, w.scale.shape) if is_quantized(w) else p  # noqa: E731
+    return jax.tree.map(one, model, params, is_leaf=is_quantized)
+
+
+def is_int8(model: Any) -> bool:
+    """Whether a model, or a part of one, has such weights, or such `Param`."""
+    return any(map(is_quantized, jax.tree.leaves(model, is_leaf=is_quantized)))
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a weight is INT8: where trees of weights end."""
+    return isinstance(leaf, QArray)
 
 
 def quantize_model(model: Model, params: Model) -> Model:
-    """The weights as a tree of `Param` describes them: those that it says are INT8, rounded to that."""
-    both = lambda p, w: _quantize_like(p, w) if _is_quantized(p) else w  # noqa: E731
-    return jax.tree.map(both, params, model, is_leaf=_is_quantized)
+    """The weights as a tree of `Param` describes them: those that it says are INT8, rounded to that unless they are."""
+    both = lambda p, w: quantize_like(p, w) if is_quantized(p) and not is_quantized(w) else w  # noqa: E731
+    return jax.tree.map(both, params, model, is_leaf=is_quantized)
 
 
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QArray)
+def quantize_like(p: QArray, w: jax.Array) -> QArray:
+    """A weight, rounded to INT8 with the scales of its `Param`."""
+    return quantize(w, tuple(axis for axis, size in enumerate(p.scale.shape) if size == 1))
 
 
 def _matrices(tree: Any) -> Any:
     return jax.tree.map(lambda p: quantized(p) if len(p.shape) > 1 else p, tree)
-
-
-def _quantize_like(p: QArray, w: Any) -> QArray:
-    return quantize(w, tuple(axis for axis, size in enumerate(p.scale.shape) if size == 1))

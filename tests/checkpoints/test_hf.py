@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.safetensors import Tensor, open_folder
+from jaxserve.checkpoints.sources import sources, to_tensors
 from jaxserve.layers.config import Config
+from jaxserve.layers.int8 import in_int8, quantize_model
 from jaxserve.layers.transformer import model_params
 from jaxserve.parallel.errors import CheckpointError, ConfigError, ShardingError
 from jaxserve.parallel.sharding import shardings
@@ -307,7 +309,6 @@ def test_a_dtype_that_is_not_supported_is_named_with_its_tensor(write_folder, v3
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "fp8"},
         {"quant_method": "fp8", "weight_block_size": [64, 64]},
-        {"quant_method": "compressed-tensors"},
     ],
 )
 def test_another_quantization_is_refused_by_name(write_folder, v3, quantization):
@@ -343,3 +344,64 @@ def test_damaged_files_are_named(write_folder, v3, damage):
         path.write_bytes(content[: len(content) // 2] if damage == "half" else b"garbage" * 99)
     with pytest.raises(CheckpointError, match=path.name):
         hf.load(folder)
+
+
+PARTS = {
+    "embedding": lambda model: (model.embed, model.norm, model.head),
+    "layer": lambda model: model.layers[1],
+    "module": lambda model: model.mtp[0],
+    "experts": lambda model: model.layers[1].ffn.experts,
+}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_the_model_is_read_alone_as_it_is_among_all(write_folder, v3, part, int8):
+    folder = write_folder(*v3)
+    checkpoint = hf.open_checkpoint(folder)
+    found = checkpoint.read(PARTS[part], jnp.bfloat16, int8)
+    _, model = hf.load(folder, jnp.bfloat16, int8=int8)
+    jax.tree.map(np.testing.assert_array_equal, found, PARTS[part](model))
+    described = jax.tree.map(lambda p: (p.shape, p.dtype), PARTS[part](checkpoint.params(jnp.bfloat16, int8)))
+    assert described == jax.tree.map(lambda w: (w.shape, w.dtype), found)
+
+
+def test_parts_are_written_as_the_whole_is(tmp_path, v3):
+    raw, tensors = v3
+    cfg = Config.from_hf(raw)
+    model = random_model(cfg, np.random.default_rng(0))
+    table = sources(cfg, model_params(cfg))
+    parts = [(table.embed, table.norm, table.head), *table.layers, *table.mtp]
+    weights = [(model.embed, model.norm, model.head), *model.layers, *model.mtp]
+    written = [to_tensors(*both) for both in zip(parts, weights, strict=True)]
+    assert_same({name: w for part in written for name, w in part.items()}, tensors)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_matrices_are_rounded_while_they_are_read_as_they_are_afterwards(write_folder, blocky, split):
+    """Also those that are FP8 in the files."""
+    raw, codes, _ = blocky
+    folder, places = write_folder(raw | FP8, codes), {"mesh": mesh(), "rules": EXPERTS_SPLIT} if split else {}
+    cfg, model = hf.load(folder)
+    rounded = hf.load(folder, int8=True, **places)[1]
+    expected = quantize_model(model, in_int8(model_params(cfg)))
+    jax.tree.map(np.testing.assert_array_equal, rounded, expected)
+    if split:
+        assert rounded.layers[1].ffn.experts.w_up.scale.addressable_shards[0].data.shape[0] == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_int8_model_is_written_for_other_engines_and_comes_back(tmp_path, family):
+    raw = raw_config(family, num_hidden_layers=2)
+    cfg = Config.from_hf(raw)
+    model = quantize_model(random_model(cfg, np.random.default_rng(1)), in_int8(model_params(cfg)))
+    hf.save(tmp_path, model, cfg, raw)
+    again_cfg, again = hf.load(tmp_path)
+    assert again_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, again, model)
+    written = file_tensors(tmp_path)
+    codes = {name for name, w in written.items() if w.dtype == np.int8}
+    assert {f"{name}_scale" for name in codes} == {name for name in written if name.endswith("_scale")}
+    for name in codes:
+        assert written[f"{name}_scale"].shape == (len(written[name]), 1)
+        assert written[f"{name}_scale"].dtype == np.float32
