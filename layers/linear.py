@@ -1,7 +1,9 @@
 """Products with weights: `einsum` for activations and a matrix, `matvec` for one token and one of many matrices.
 
 A weight that is a `QArray` is multiplied in integers: activations are quantized too, with a scale a row, the sums of
-int8 x int8 are exact in int32, and only then come both scales.
+int8 x int8 are exact in int32, and only then come both scales. So a row's result has the same bits whatever other rows
+there are, and on any number of devices: no rule of placement splits an axis that is summed along. A product in floats
+promises neither: XLA adds in an order that depends on the shapes.
 """
 
 from typing import Any

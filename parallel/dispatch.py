@@ -6,6 +6,9 @@ the devices of its experts in one all-to-all, and what these make of it comes ba
 Buffers are static: of each device, a block for every other, with room for all that the device could have to send there.
 So nothing is dropped and nothing compiled anew, whatever the routing; no counts are sent ahead. The place in a buffer
 says where a message comes from and where its answer goes, so a message says only which expert it is for.
+
+A token's codes and scale are made of it alone, and its answers are added in the order of its choices, whichever rank
+they come from. So with experts in INT8 it gets the same bits on any number of devices (docs/structure.md).
 """
 
 from typing import Any, NamedTuple
