@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 
 from jaxserve.checkpoints.faults import check_tensors, not_finite
 from jaxserve.checkpoints.formats import find_format, quantization_config
-from jaxserve.checkpoints.safetensors import Tensor, open_folder
-from jaxserve.checkpoints.sources import Scales, Source, sources, to_tensors
+from jaxserve.checkpoints.safetensors import COMPENSATION, INDEX, Tensor, open_folder
+from jaxserve.checkpoints.sources import OUTPUT_BIAS, Scales, Source, sources, to_tensors
 from jaxserve.checkpoints.tensors import Tensors
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import in_int8, is_int8, is_quantized, multiplied, quantize_like
-from jaxserve.layers.transformer import Model, model_params
+from jaxserve.layers.transformer import Model, has_biases, model_params
 from jaxserve.parallel.errors import CheckpointError, ShardingError
 from jaxserve.parallel.qarray import QArray
 from jaxserve.parallel.sharding import Param, Rules, place, quantized, shardings
@@ -48,7 +48,7 @@ class Checkpoint:
 
     def params(self, dtype: Any = jnp.float32, int8: bool = False) -> Model:
         """The tree of `Param` of what `read` gives: INT8 as the files have it; with `int8`, all that may be."""
-        params = model_params(self.cfg, dtype)
+        params = model_params(self.cfg, dtype, biases=has_biases(self.table))
         return jax.tree.map(_described, params, in_int8(params) if int8 else params, self.table)
 
     def read(
@@ -114,7 +114,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raw = read_json(folder)
     tensors = Tensors(folder, open_folder(folder), find_format(raw, folder))
     cfg = _without_absent_mtp(Config.from_hf(raw), tensors.table, folder)
-    params = model_params(cfg)
+    params = model_params(cfg, biases=any(name.endswith(OUTPUT_BIAS) for name in tensors.table))
     table = sources(cfg, params)
     check_tensors(tensors, table, _copies(cfg))
     _check_copies(tensors, cfg)
@@ -168,12 +168,17 @@ def save(folder: Path, model: Model, cfg: Config, raw: dict[str, Any]) -> None:
     INT8 weights become those of compressed-tensors, which other engines read. Raises CheckpointError for scales of
     blocks, which it can't express.
     """
-    table = sources(cfg, model_params(cfg))
+    table = sources(cfg, model_params(cfg, biases=has_biases(model)))
     tensors = to_tensors(table, model)
+    biases = {name: tensors.pop(name) for name in list(tensors) if name.endswith(OUTPUT_BIAS)}
     said = {"quantization_config": quantization_config(table, model)} if is_int8(model) else {}
     kept = {key: value for key, value in raw.items() if key != "quantization_config"}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if biases:
+        save_file(biases, folder / COMPENSATION)
+        places = dict.fromkeys(tensors, "model.safetensors")
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(kept | said, indent=2) + "\n")
 
 

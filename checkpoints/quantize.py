@@ -120,6 +120,10 @@ def quantize_layer(p: Layer, found: Sample, cfg: Config, parts: Parts) -> tuple[
                 steps[block].append(Step(part, now.lost))
         kept += [name for name in matrices(p, block) if name not in now.codes]
         p = now.rounded
+    if parts.compensation:  # all layers of a model have biases, or none has
+        nothing = jnp.zeros(cfg.width)
+        biases = {name: nothing if getattr(p, name) is None else getattr(p, name) for name in ("attn_bias", "ffn_bias")}
+        p = p._replace(**biases)
     return p, LayerReport(steps, tuple(kept), _starved(p, found, cfg))
 
 

@@ -20,6 +20,10 @@ DTYPES = {
     "I8": np.int8,
     "I32": np.int32,
 }
+INDEX = "model.safetensors.index.json"
+COMPENSATION = "compensation.safetensors"
+"""Beside the shards, and not in their index: what other engines have no place for, and need not read."""
+
 FLOATS = ("BF16", "F16", "F32")
 """Those of weights that need no scale."""
 
@@ -40,7 +44,7 @@ class Tensor(NamedTuple):
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors by name: of the shards that `model.safetensors.index.json` lists, or of every file if it is absent.
+    """All tensors by name: of the shards that the index lists and of COMPENSATION, or of every file without an index.
 
     Raises CheckpointError that names the file that is missing or damaged, or the tensor that is in two files.
     """
@@ -54,7 +58,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -63,7 +67,7 @@ def _files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index} is damaged ({error!r}); fetch it again") from None
         if missing:
             raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}")
-        return [folder / name for name in shards]
+        return [folder / name for name in shards] + list(folder.glob(COMPENSATION))
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise CheckpointError(f"{folder} holds no *.safetensors; a Hugging Face model in that format is needed")

@@ -19,6 +19,9 @@ from jaxserve.parallel.errors import CheckpointError
 from jaxserve.parallel.qarray import QArray
 from jaxserve.parallel.sharding import Param
 
+OUTPUT_BIAS = ".output_bias"
+"""Of a block, beside Hugging Face's names for its weights: see `layers.transformer.Layer`."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -64,7 +67,13 @@ def _layer(at: str, p: Layer) -> Layer:
         attn=_mla(f"{at}.self_attn", p.attn) if isinstance(p.attn, Mla) else _gqa(f"{at}.self_attn", p.attn),
         ffn_norm=_weight(f"{at}.post_attention_layernorm", p.ffn_norm),
         ffn=_moe(f"{at}.mlp", p.ffn) if isinstance(p.ffn, Moe) else _mlp(f"{at}.mlp", p.ffn),
+        attn_bias=_bias(f"{at}.self_attn", p.attn_bias),
+        ffn_bias=_bias(f"{at}.mlp", p.ffn_bias),
     )
+
+
+def _bias(at: str, p: Param | None) -> Source | None:
+    return None if p is None else Source((at + OUTPUT_BIAS,), p.shape, p.shape)
 
 
 def _mtp(at: str, p: Mtp) -> Mtp:

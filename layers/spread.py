@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxserve.layers.config import Config, Experts
 from jaxserve.layers.int8 import in_int8, is_int8
 from jaxserve.layers.moe import Mlp, Moe, Spread
-from jaxserve.layers.transformer import Model, model_params
+from jaxserve.layers.transformer import Model, has_biases, model_params
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.placement import routes
 from jaxserve.parallel.sharding import DECODE, Rules, place, shardings
@@ -54,7 +54,7 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
     Raises ShardingError if something does not divide, or an expert has no slot.
     """
     wanted = room(cfg, slots_lx)
-    params = model_params(cfg, model.embed.dtype, wanted)
+    params = model_params(cfg, model.embed.dtype, wanted, has_biases(model))
     places = shardings(in_int8(params) if is_int8(model) else params, mesh, rules)
     each = zip(slots_lx, mixtures(places), strict=True)
 

@@ -63,34 +63,42 @@ class Output(NamedTuple):
     load_le: Int[Array, "l e"]  # tokens each expert got, padding left out; one row per mixture layer
 
 
-def model_params(cfg: Config, dtype: Any = jnp.float32, spread: Spread | None = None) -> Model:
-    """The tree of `Param` that describes the model's weights; their experts over ranks, if they have so much room."""
+def model_params(cfg: Config, dtype: Any = jnp.float32, spread: Spread | None = None, biases: bool = False) -> Model:
+    """The tree of `Param` that describes the model's weights; their experts over ranks, if they have so much room.
+
+    With `biases`, layers have those of a model that was quantized with compensation.
+    """
+    layer = partial(_layer_params, cfg, dtype=dtype, spread=spread, biases=biases)
     embedding = Param((cfg.vocab_size, cfg.width), ("u", "d"), dtype, std=cfg.width**-0.5)
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
     return Model(
         embed=embedding,
-        layers=tuple(_layer_params(cfg, is_moe, dtype, spread) for is_moe in cfg.is_moe),
+        layers=tuple(layer(is_moe) for is_moe in cfg.is_moe),
         norm=gain,
         head=None if cfg.tied_embeddings else embedding,
-        mtp=tuple(_mtp_params(cfg, dtype, spread) for _ in range(cfg.mtp_layers)),
+        mtp=tuple(_mtp_params(cfg, dtype, layer(cfg.experts is not None)) for _ in range(cfg.mtp_layers)),
     )
 
 
-def _layer_params(cfg: Config, is_moe: bool, dtype: Any, spread: Spread | None) -> Layer:
+def _layer_params(cfg: Config, is_moe: bool, dtype: Any, spread: Spread | None, biases: bool) -> Layer:
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
     att, experts = cfg.attention, cfg.experts
     attn = mla_params(cfg, att, dtype) if isinstance(att, LatentAttention) else gqa_params(cfg, att, dtype)
-    if is_moe and experts:
-        return Layer(gain, attn, gain, moe_params(cfg, experts, dtype, spread))
-    return Layer(gain, attn, gain, mlp_params(cfg.width, cfg.dense_width, dtype))
+    mixture = moe_params(cfg, experts, dtype, spread) if is_moe and experts else None
+    bias = Param((cfg.width,), ("d",)) if biases else None
+    return Layer(gain, attn, gain, mixture or mlp_params(cfg.width, cfg.dense_width, dtype), bias, bias)
 
 
-def _mtp_params(cfg: Config, dtype: Any, spread: Spread | None) -> Mtp:
+def _mtp_params(cfg: Config, dtype: Any, layer: Layer) -> Mtp:
     gain = Param((cfg.width,), ("d",), dtype, mean=1.0)
     join = Param((cfg.width, 2 * cfg.width), ("d", None), dtype, std=(2 * cfg.width) ** -0.5)
-    layer = _layer_params(cfg, cfg.experts is not None, dtype, spread)
     layer = layer._replace(attn=unsplit(layer.attn, "h"))  # of a prompt only last tokens pass it, where they belong
     return Mtp(gain, gain, join, layer, gain)
+
+
+def has_biases(model: Model) -> bool:
+    """Whether the layers of a model, or of its `Param`, have biases: all do, or none does."""
+    return model.layers[0].attn_bias is not None
 
 
 def cache_params(cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
