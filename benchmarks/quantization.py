@@ -20,7 +20,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from jaxserve.checkpoints import hf
-from jaxserve.checkpoints.calibrate import calibrate_model, text
+from jaxserve.checkpoints.calibrate import calibrate_model, calibration_text
 from jaxserve.checkpoints.embedded import corpus
 from jaxserve.checkpoints.evaluation.suite import Measured, chosen_tasks, difference, measure, perplexity, score
 from jaxserve.checkpoints.folding import pairs, rescale
@@ -184,8 +184,9 @@ def main(
     cfg, model = hf.load(EMBEDDED)
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     _, held_out = corpus.split(corpus.modules())
-    tokens = text(tokenizer, SEQUENCES, LENGTH)
-    unseen = text(tokenizer, SEQUENCES, LENGTH, [module.text for module in held_out])
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    tokens = calibration_text(encode, SEQUENCES, LENGTH)
+    unseen = calibration_text(encode, SEQUENCES, LENGTH, [module.text for module in held_out])
     for title, subject in {"The embedded model": model, "Its twin with outliers": plant(model)}.items():
         costs = {}
         for name in FORMS:

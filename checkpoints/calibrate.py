@@ -1,12 +1,11 @@
 """A model's way to INT8, with text that passes through it: layer by layer, so that one is in memory at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from tokenizers import Tokenizer
 
 from jaxserve.checkpoints.embedded import corpus
 from jaxserve.checkpoints.matrices import sample
@@ -19,6 +18,8 @@ from jaxserve.layers.transformer import Layer, Model, Mtp, cache_params
 from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.sharding import zeros
 
+Encode = Callable[[str], Sequence[int]]
+"""From a text to its tokens alone."""
 Read = Callable[[Callable[[Model], Any]], Any]
 """Gives a part of a model: `read(lambda model: model.layers[3])`."""
 
@@ -39,8 +40,8 @@ class Walk(NamedTuple):
     states_td: Float[Array, "t d"]
 
 
-def text(
-    tokenizer: Tokenizer, sequences: int, length: int, documents: list[str] | None = None
+def calibration_text(
+    encode: Encode, sequences: int, length: int, documents: Sequence[str] | None = None
 ) -> Int[np.ndarray, "s t"]:
     """Tokens to calibrate with: of the standard library's modules that are not held out, or of other documents.
 
@@ -51,10 +52,12 @@ def text(
         documents = [module.text for module in corpus.split(corpus.modules())[0]]
     order, wanted, found = np.random.default_rng(0).permutation(len(documents)), sequences * (length + 1), []
     for i in order:
-        found += tokenizer.encode(documents[i], add_special_tokens=False).ids
+        found += encode(documents[i])
         if len(found) >= wanted:
             return np.array(found[:wanted], np.int32).reshape(sequences, length + 1)
-    raise RequestError(f"the text has {len(found)} tokens, {wanted} are needed; give more, or fewer sequences")
+    raise RequestError(
+        f"the text has {len(found)} tokens, {wanted} are needed; give more text, or ask for fewer or shorter sequences"
+    )
 
 
 def calibrate(

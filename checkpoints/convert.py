@@ -99,12 +99,17 @@ def _begin(work: Work) -> Walk | None:
                 f"{work.out} was begun with another {' and '.join(other)}; repeat it as it was, or name another folder"
             )
         return _states(work)
-    if work.out.exists() and (not work.out.is_dir() or any(work.out.iterdir())):
-        what = "is not empty" if work.out.is_dir() else "is a file"
-        raise CheckpointError(f"{work.out} exists and {what}; name another folder")
+    check_new(work.out)
     work.unfinished.mkdir(parents=True)
     _write_json(path, work.plan)
     return None
+
+
+def check_new(folder: Path) -> None:
+    """Raises CheckpointError if there is something: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise CheckpointError(f"{folder} exists and {what}; name another folder")
 
 
 def _states(work: Work) -> Walk | None:

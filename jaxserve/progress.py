@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
-"""Told what goes on ("loading", in bytes; "compiling", in programs), how much of it is done, and how much there is."""
+"""Told what goes on, how much of it is done, and how much there is.
+
+"loading" is in bytes, "compiling" in programs, "scoring" in items, "quantizing" in layers.
+"""
+
+_UNITS = {"compiling": "programs", "scoring": "items", "quantizing": "layers"}
 
 
 @contextmanager
@@ -29,4 +34,4 @@ def amount(stage: str, done: int, total: int) -> str:
     """So much of so much, in the stage's unit."""
     if stage == "loading":
         return f"{done / 2**20:,.0f} of {total / 2**20:,.0f} MiB"
-    return f"{done} of {total} programs"
+    return f"{done} of {total} {_UNITS[stage]}"

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from jaxserve.checkpoints.calibrate import Walk, calibrate, calibrate_model, text
+from jaxserve.checkpoints.calibrate import Walk, calibrate, calibrate_model, calibration_text
 from jaxserve.checkpoints.embedded import corpus
 from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.checkpoints.quantize import Parts
@@ -21,26 +21,33 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
 
 
+@pytest.fixture(scope="module")
+def encode(tokenizer):
+    return lambda text: tokenizer.encode(text).ids
+
+
 def tiny(family: str):
     cfg = Config.tiny(family, num_hidden_layers=2)
     rng = np.random.default_rng(0)
     return cfg, random_model(cfg, rng), random_tokens(cfg, rng, 4 * 17).reshape(4, 17)
 
 
-def test_the_text_is_of_modules_that_are_not_held_out(tokenizer):
-    tokens = text(tokenizer, 3, 20)
+def test_the_text_is_of_modules_that_are_not_held_out(tokenizer, encode):
+    tokens = calibration_text(encode, 3, 20)
     assert tokens.shape == (3, 21)
     words = tokenizer.decode(tokens.reshape(-1).tolist())
     training, held_out = corpus.split(corpus.modules())
     assert any(words[:40] in module.text for module in training)
     assert not any(words[:40] in module.text for module in held_out)
-    assert np.array_equal(text(tokenizer, 3, 20), tokens)
+    assert np.array_equal(calibration_text(encode, 3, 20), tokens)
 
 
-def test_other_documents_can_be_given(tokenizer):
-    assert tokenizer.decode(text(tokenizer, 1, 4, ["one two three four five six"])[0].tolist()).startswith("one")
+def test_other_documents_can_be_given(tokenizer, encode):
+    assert tokenizer.decode(calibration_text(encode, 1, 4, ["one two three four five six"])[0].tolist()).startswith(
+        "one"
+    )
     with pytest.raises(RequestError, match="the text has 2 tokens, 5 are needed"):
-        text(tokenizer, 1, 4, ["if x"])
+        calibration_text(encode, 1, 4, ["if x"])
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3"])
