@@ -98,7 +98,7 @@ def find_format(raw: Mapping[str, Any], folder: Path) -> Format:
         return Format()
     method = quantization.get("quant_method")
     readers = {"compressed-tensors": _compressed_tensors, "w8a8_int8": _per_channel} | dict.fromkeys(
-        ("fp8",), _per_block
+        ("blockwise_int8", "fp8"), _per_block
     )
     if method not in readers:
         raise _unsupported("quant_method", method, readers)

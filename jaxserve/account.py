@@ -14,11 +14,14 @@ from jaxserve import options as sizes
 from jaxserve.describe import Row, human
 from jaxserve.footprint import Footprint, footprint
 from jaxserve.layers.config import Config
+from jaxserve.layers.int8 import in_int8
+from jaxserve.layers.spread import payload
+from jaxserve.layers.transformer import model_params
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.dispatch import buffer_bytes, published_message_bytes
 from jaxserve.parallel.errors import RequestError, ShardingError
 from jaxserve.parallel.mesh import Topology
-from jaxserve.parallel.ranks import Payload, Ranks
+from jaxserve.parallel.ranks import Ranks
 from jaxserve.parallel.sharding import DECODE, PREFILL
 from jaxserve.parallel.traffic import Collective, collectives, total_sent
 from jaxserve.programs import Shapes, Tiles
@@ -51,10 +54,11 @@ def account(
     """Traces the engine's program for the largest step of a phase; of prefill, with the prompts' `past` or without."""
     if phase not in RULES:
         raise RequestError(f"phase = {phase!r}: it must be one of {', '.join(RULES)}")
-    described = {name: describe(cfg, options, dtype, mesh, int8, rules) for name, rules in RULES[phase].items()}
+    params = in_int8(model_params(cfg, dtype)) if int8 else model_params(cfg, dtype)
+    described = {name: describe(cfg, options, dtype, mesh, params, rules) for name, rules in RULES[phase].items()}
     best = next(iter(described.values()))
     shape = _shape(cfg, options, mesh.size, phase, past)
-    traffic = _traffic(shape, best, cfg, options, "int8" if int8 else "float")
+    traffic = _traffic(shape, best, cfg, options)
     tokens = shape.tokens // mesh.size if isinstance(shape, Tiles) else shape * (1 + sizes.drafts(cfg, options))
     return Account(
         model=cfg.model_type,
@@ -78,12 +82,10 @@ def _shape(cfg: Config, options: EngineConfig, ranks: int, phase: Phase, past: b
     return [tiles for tiles in shapes.prefill if bool(tiles.past) == past][-1]
 
 
-def _traffic(
-    shape: Tiles | int, engine: Described, cfg: Config, options: EngineConfig, payload: Payload
-) -> Counter[Collective]:
+def _traffic(shape: Tiles | int, engine: Described, cfg: Config, options: EngineConfig) -> Counter[Collective]:
     mesh = engine.devices.mesh
     assert mesh is not None
-    ranks = Ranks(payload=payload, implementation=options.expert_exchange)
+    ranks = Ranks(payload=payload(engine.params), implementation=options.expert_exchange)
     return collectives(trace_described(shape, engine, cfg, options, ranks).jaxpr, mesh.shape)
 
 

@@ -7,7 +7,7 @@ import jax
 
 from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.moe import Moe
-from jaxserve.layers.transformer import cache_params, model_params
+from jaxserve.layers.transformer import Model, cache_params, model_params
 
 Row = tuple[str, str]
 
@@ -61,9 +61,12 @@ def parts(cfg: Config) -> list[Row]:
     return [*shown, ("total", f"{total:,}"), ("used by a token, without MTP", f"{active:,}")]
 
 
-def memory(cfg: Config, dtype: Any) -> list[Row]:
-    """Bytes of the weights, and of the cache for a token and for the longest sequence."""
-    weights = sum(p.nbytes for p in jax.tree.leaves(model_params(cfg, dtype)))
+def memory(cfg: Config, dtype: Any, params: Model | None = None) -> list[Row]:
+    """Bytes of the weights, and of the cache for a token and for the longest sequence.
+
+    `params` describe the weights, by default in floats.
+    """
+    weights = sum(p.nbytes for p in jax.tree.leaves(params or model_params(cfg, dtype)))
     token = sum(p.nbytes for p in jax.tree.leaves(cache_params(cfg, 1, 1, dtype)))
     return [
         ("weights", human(weights)),

@@ -21,7 +21,7 @@ from jaxserve.guidance import Guide, Guides
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import is_int8
 from jaxserve.layers.sampling import Logprobs
-from jaxserve.layers.spread import mixtures
+from jaxserve.layers.spread import mixtures, payload
 from jaxserve.layers.transformer import Model
 from jaxserve.options import EngineConfig
 from jaxserve.packing import Mark, Packer, Piece, Spot, completed, entwined, row_numbers
@@ -92,9 +92,8 @@ class Engine:
         self.cfg, self.options = cfg, (options := options or EngineConfig())
         self.max_model_len, self.drafts = sizes.model_len(cfg, options), sizes.drafts(cfg, options)
         self._devices = Devices(mesh)
-        payload = "int8" if is_int8(model) else "float"  # what experts would make of tokens first
         self._ranks = Ranks(
-            payload=payload, implementation=options.expert_exchange, microbatches=options.num_microbatches
+            payload=payload(model), implementation=options.expert_exchange, microbatches=options.num_microbatches
         )
         if mesh and mesh.size > FLAT and options.expert_exchange == "flat" and mesh.devices.flat[0].platform == "cpu":
             raise ShardingError(
@@ -106,7 +105,8 @@ class Engine:
             options=options,
             mesh=mesh and dict(mesh.shape),
             dtype=model.embed.dtype,
-            payload=payload,
+            payload=self._ranks.payload,
+            int8=is_int8(model),
             weights=_checksum(model),
             **{"end tokens": sorted(tokenizer.eos_ids), "jax": jax.__version__, "jaxserve": __version__},
         )

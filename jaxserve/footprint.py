@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxserve.describe import human
 from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import Model
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import RequestError, ShardingError
 from jaxserve.parallel.sharding import local_bytes
@@ -31,9 +32,12 @@ def footprint(engine: Described) -> Footprint:
     return Footprint(local_bytes(engine.model), local_bytes(state.cache), local_bytes((state.slots, state.load)))
 
 
-def check_room(cfg: Config, options: EngineConfig, dtype: Any, mesh: Mesh | None, int8: bool = False) -> None:
-    """Raises before anything is loaded if it can't fit: ShardingError for weights, RequestError for cache and state."""
-    need, limit = footprint(describe(cfg, options, dtype, mesh, int8)), device_bytes(mesh)
+def check_room(cfg: Config, options: EngineConfig, dtype: Any, mesh: Mesh | None, params: Model | None = None) -> None:
+    """Raises before anything is loaded if it can't fit: ShardingError for weights, RequestError for cache and state.
+
+    `params` describe the weights, by default in floats.
+    """
+    need, limit = footprint(describe(cfg, options, dtype, mesh, params)), device_bytes(mesh)
     if limit is None or need.total <= limit:
         return
     found = (

@@ -24,9 +24,7 @@ from jaxserve.compilation import enable_cache
 from jaxserve.engine import Engine
 from jaxserve.footprint import check_room
 from jaxserve.layers.config import Config
-from jaxserve.layers.int8 import in_int8, quantize_model
 from jaxserve.layers.spread import in_order, spread
-from jaxserve.layers.transformer import model_params
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError, ShardingError
 from jaxserve.parallel.mesh import find_shape, make_mesh
@@ -91,15 +89,15 @@ class LLM:
         raw = hf.read_json(folder)
         announced = Config.from_hf(raw)
         _check_vocabulary(self.tokenizer, announced, folder)
-        resolved = resolve_dtype(dtype, raw)
+        resolved, int8 = resolve_dtype(dtype, raw), quantization is not None
         sizes.check(announced, engine_config, resolved)  # before what takes long
-        check_room(announced, engine_config, resolved, devices, int8=quantization is not None)
+        checkpoint = open_checkpoint(folder)
+        cfg = checkpoint.cfg
+        check_room(cfg, engine_config, resolved, devices, checkpoint.params(resolved, int8))
         if obstacle := enable_cache():
             warnings.warn(f"compiled programs can't be kept for the next time: {obstacle}", stacklevel=2)
         with nullcontext(progress) if progress else bar() as tell:
-            cfg, weights = load(folder, resolved, partial(tell, "loading"))
-            if quantization:
-                weights = quantize_model(weights, in_int8(model_params(cfg, resolved)))
+            weights = checkpoint.read(dtype=resolved, int8=int8, progress=partial(tell, "loading"))
             if devices:
                 extra = engine_config.num_redundant_experts, engine_config.num_shared_expert_ranks
                 weights = spread(weights, cfg, devices, in_order(cfg, devices.size, *extra))
@@ -286,11 +284,9 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def load(folder: Path, dtype: Any, progress: hf.Progress | None = None) -> tuple[Config, Any]:
-    """The weights of a folder that `checkpoints.store` saved, or of a Hugging Face checkpoint."""
-    if store.is_store(folder):
-        return store.restore(folder, dtype, progress=progress)
-    return hf.load(folder, dtype, progress=progress)
+def open_checkpoint(folder: Path) -> hf.Checkpoint | store.Store:
+    """A folder that `checkpoints.store` saved, or a Hugging Face checkpoint."""
+    return store.open_store(folder) if store.is_store(folder) else hf.open_checkpoint(folder)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:

@@ -11,9 +11,8 @@ from jax.sharding import Mesh
 
 from jaxserve import options as sizes
 from jaxserve.layers.config import Config
-from jaxserve.layers.int8 import in_int8
 from jaxserve.layers.moe import Spread
-from jaxserve.layers.spread import in_order, room
+from jaxserve.layers.spread import in_order, room, spread_params
 from jaxserve.layers.transformer import Model, cache_params, model_params
 from jaxserve.options import EngineConfig
 from jaxserve.packed_prefill import prefill_packed
@@ -40,14 +39,19 @@ class Described(NamedTuple):
 
 
 def describe(
-    cfg: Config, options: EngineConfig, dtype: Any, mesh: AnyMesh | None, int8: bool = False, rules: Rules = DECODE
-) -> Described:
-    """An engine on one device, or on a mesh. Raises ShardingError if something does not divide."""
+    cfg: Config, options: EngineConfig, dtype: Any, mesh: AnyMesh | None, params: Model | None = None,
+    rules: Rules = DECODE,
+) -> Described:  # fmt: skip
+    """An engine on one device, or on a mesh. Raises ShardingError if something does not divide.
+
+    `params` describe its weights as they are loaded, by default in floats.
+    """
     where = abstract_mesh(1, 1) if mesh is None else mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     extra = options.num_redundant_experts, options.num_shared_expert_ranks
-    spread = None if mesh is None else room(cfg, in_order(cfg, mesh.size, *extra))
-    params, devices = model_params(cfg, dtype, spread), Devices(where)
-    params = in_int8(params) if int8 else params
+    slots_lx = None if mesh is None else in_order(cfg, mesh.size, *extra)
+    spread, devices = None if slots_lx is None else room(cfg, slots_lx), Devices(where)
+    params = params or model_params(cfg, dtype)
+    params = params if slots_lx is None else spread_params(params, cfg, slots_lx)
     model = abstract(params, shardings(params, where, rules))
     return Described(params, model, empty_state(cfg, options, dtype, devices), devices, spread)
 

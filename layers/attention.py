@@ -121,7 +121,10 @@ def keys_values(p: Gqa, x_td: Float[Array, "t d"], batch: Positions, cfg: Config
 
 
 def merge_heads(o_thv: Float[Array, "t h v"], w_o: Leaf) -> Float[Array, "t d"]:
-    """The output projection, as one flat product: XLA's CPU backend would copy a weight with two summed axes."""
+    """The output projection, as one flat product: XLA's CPU backend would copy a weight with two summed axes.
+
+    Scales of blocks stay those of blocks of equal size: of several heads each, or parts of a head.
+    """
     w_dz = jax.tree.map(lambda part: part.reshape(part.shape[0], -1), w_o)
     return einsum("tz,dz->td", o_thv.reshape(o_thv.shape[0], -1), w_dz)
 

@@ -53,8 +53,8 @@ def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QArray)
 
 
-def quantize_model(model: Model, params: Model) -> Model:
-    """The weights as a tree of `Param` describes them: those that it says are INT8, rounded to that unless they are."""
+def quantize_model(model: Any, params: Any) -> Any:
+    """Weights of a model, or of a part, as their `Param` describe them: rounded, if that is INT8 and they are not."""
     both = lambda p, w: quantize_like(p, w) if is_quantized(p) and not is_quantized(w) else w  # noqa: E731
     return jax.tree.map(both, params, model, is_leaf=is_quantized)
 

@@ -2,8 +2,9 @@
 
 A weight that is a `QArray` is multiplied in integers: activations are quantized too, with a scale a row, the sums of
 int8 x int8 are exact in int32, and only then come both scales. So a row's result has the same bits whatever other rows
-there are, and on any number of devices: no rule of placement splits an axis that is summed along. A product in floats
-promises neither: XLA adds in an order that depends on the shapes.
+there are, and on any number of devices: no rule of placement splits an axis that is summed along. That holds too if rows
+of the weight have scales for blocks of inputs: then so have those of activations, and the scaled sums of blocks are added
+in float32, always in the same order. A product in floats promises neither: XLA adds in an order that depends on the shapes.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.layers.dims import Leaf
-from jaxserve.parallel.qarray import QArray, quantize
+from jaxserve.parallel.qarray import QArray, quantize, quantize_blocks
 
 FEW_ROWS = 32
 """Up to so many rows, XLA on CPU is faster if the weight is the left factor: it packs the right one each time."""
@@ -31,9 +32,39 @@ def einsum(spec: str, x: Leaf, w: Leaf, dtype: Any = None) -> jax.Array:
     if not isinstance(w, QArray):
         return product(spec, x, w)
     dtype = dtype or x.dtype
+    if (blocks := w.scale.shape[-1]) > 1:
+        return _sum_blocks(spec, x if isinstance(x, QArray) else quantize_blocks(x, blocks), w, blocks).astype(dtype)
     x = x if isinstance(x, QArray) else quantize(x, tuple(left.index(letter) for letter in left if letter not in out))
+    return _scaled(spec, x, w).astype(dtype)
+
+
+def _scaled(spec: str, x: QArray, w: QArray) -> jax.Array:
+    """Exact sums, times both scales: float32."""
+    factors, out = spec.split("->")
+    left, right = factors.split(",")
     sums = product(spec, x.codes, w.codes)
-    return (sums.astype(jnp.float32) * _along(x.scale, left, out) * _along(w.scale, right, out)).astype(dtype)
+    return sums.astype(jnp.float32) * _along(x.scale, left, out) * _along(w.scale, right, out)
+
+
+def _sum_blocks(spec: str, x: QArray, w: QArray, count: int) -> jax.Array:
+    """The products of blocks of inputs, the last axis of both factors, added one after another.
+
+    Each is added when the next is computed: multiplied and added at once, it would be rounded once on some machines,
+    in some shapes.
+    """
+    size = w.shape[-1] // count
+
+    def block(q: QArray, i: Any) -> QArray:
+        scale = q.scale if q.scale.shape[-1] == 1 else jax.lax.dynamic_slice_in_dim(q.scale, i, 1, -1)
+        return QArray(jax.lax.dynamic_slice_in_dim(q.codes, i * size, size, -1), scale)
+
+    def step(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        total, term = carry
+        return total + term, _scaled(spec, block(x, i), block(w, i))
+
+    first = _scaled(spec, block(x, 0), block(w, 0))
+    total, last = jax.lax.fori_loop(1, count, step, (jnp.zeros_like(first), first))
+    return total + last
 
 
 def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -48,7 +79,7 @@ def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def quantized_like(w: Leaf, x: jax.Array) -> Leaf:
     """Rows as products with this weight need them: for several, they are quantized once."""
-    return quantize(x, (x.ndim - 1,)) if isinstance(w, QArray) else x
+    return quantize_blocks(x, w.scale.shape[-1]) if isinstance(w, QArray) else x
 
 
 def matvec(x: jax.Array, w: Leaf) -> jax.Array:

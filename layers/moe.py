@@ -80,9 +80,15 @@ def moe_params(cfg: Config, moe: Experts, dtype, spread: Spread | None = None) -
 def mlp(p: Mlp, x_td: Leaf, dtype: Any = None) -> Float[Array, "t d"]:
     """The network of each row, in their dtype; of rows that are quantized already, in the one given."""
     dtype = dtype or x_td.dtype
-    rows_td = x_td if isinstance(x_td, QArray) else quantized_like(p.w_gate, x_td)
+    rows_td = _rounded_once(p, x_td)
     gate_tf, up_tf = (einsum("td,fd->tf", rows_td, w, dtype) for w in (p.w_gate, p.w_up))
     return einsum("tf,df->td", jax.nn.silu(gate_tf) * up_tf, p.w_down)
+
+
+def _rounded_once(p: Mlp, x_td: Leaf) -> Leaf:
+    """Rows as the network's first two products need them; if these are unlike, each rounds its own."""
+    kinds = [w.scale.shape[-1] if isinstance(w, QArray) else None for w in (p.w_gate, p.w_up)]
+    return x_td if isinstance(x_td, QArray) or kinds[0] != kinds[1] else quantized_like(p.w_gate, x_td)
 
 
 @jax.named_scope("moe")
@@ -149,8 +155,7 @@ def mix_experts(
     if implementation not in plans:
         raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
     dtype = dtype or x_td.dtype
-    rows_td = x_td if isinstance(x_td, QArray) else quantized_like(p.w_gate, x_td)
-    return plans[implementation](p, rows_td, routing, dtype)
+    return plans[implementation](p, _rounded_once(p, x_td), routing, dtype)
 
 
 def mix_spread_experts(
@@ -218,7 +223,7 @@ def _mix_blocks(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
     row_tk, block_experts = assign_blocks(routing.experts_tk, experts, size, count)
     tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None], mode="drop")
     fill = lambda part: jnp.take(part, tokens, axis=0, mode="fill", fill_value=0).reshape(count, size, -1)  # noqa: E731
-    in_integers = isinstance(x_td, QArray)
+    in_integers = any(isinstance(w, QArray) for w in p)
 
     def run(block: tuple[Leaf, Array]) -> Array:
         rows_td, expert = block

@@ -8,12 +8,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.layers.config import Config, Experts
-from jaxserve.layers.int8 import in_int8, is_int8
+from jaxserve.layers.int8 import described, is_int8
 from jaxserve.layers.moe import Mlp, Moe, Spread
 from jaxserve.layers.transformer import Model, has_biases, model_params
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.placement import routes
-from jaxserve.parallel.sharding import DECODE, Rules, place, shardings
+from jaxserve.parallel.qarray import QArray
+from jaxserve.parallel.ranks import Payload
+from jaxserve.parallel.sharding import DECODE, Rules, abstract, place, shardings
 
 
 def in_order(cfg: Config, ranks: int, redundant: int = 0, shared_ranks: int = 0) -> np.ndarray:
@@ -54,8 +56,8 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
     Raises ShardingError if something does not divide, or an expert has no slot.
     """
     wanted = room(cfg, slots_lx)
-    params = model_params(cfg, model.embed.dtype, wanted, has_biases(model))
-    places = shardings(in_int8(params) if is_int8(model) else params, mesh, rules)
+    params = described(model, model_params(cfg, model.embed.dtype, biases=has_biases(model)))
+    places = shardings(spread_params(params, cfg, slots_lx), mesh, rules)
     each = zip(slots_lx, mixtures(places), strict=True)
 
     def arranged(p: Moe) -> Moe:  # one at a time: they don't all fit on one device twice
@@ -65,27 +67,56 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
     return place(map_mixtures(model, arranged), places)
 
 
+def spread_params(params: Model, cfg: Config, slots_lx: np.ndarray) -> Model:
+    """The tree of `Param` of a model over ranks, from that of the model on one device."""
+    wanted = room(cfg, slots_lx)
+    whole = model_params(cfg, params.embed.dtype, wanted)
+    if not is_int8(params):
+        return whole
+    slots = iter(slots_lx)
+    arranged = lambda model: map_mixtures(model, lambda p: arrange(p, next(slots), wanted))  # noqa: E731
+    return described(jax.eval_shape(arranged, abstract(params)), whole)
+
+
+def payload(model: Model) -> Payload:
+    """What tokens are sent to experts as: INT8 if all of them would round a token so, with one scale; else floats."""
+    first = [w for p in mixtures(model) for w in (p.experts.w_gate, p.experts.w_up)]
+    rounded = [isinstance(w, QArray) and w.scale.shape[-1] == 1 for w in first]
+    return "int8" if rounded and all(rounded) else "float"
+
+
 def arrange(p: Moe, slots_x: np.ndarray, wanted: Spread) -> Moe:
     """A mixture whose experts are in slots, with the routes to them."""
     held_x, experts = jnp.asarray(np.maximum(slots_x, 0)), p.experts
     if p.shared is not None and wanted.shared:
-        experts = jax.tree.map(lambda *parts: jnp.concatenate(parts), experts, _cut(p.shared, wanted.shared))
+        experts = jax.tree.map(lambda *parts: jnp.concatenate(parts), experts, _cut(p.shared, experts, wanted.shared))
         p = p._replace(shared=None)
     placed = jax.tree.map(lambda w: jnp.take(w, held_x, axis=0), experts)
     return p._replace(experts=placed, routes=routes(slots_x, experts.w_gate.shape[0], wanted.replicas))
 
 
-def _cut(p: Mlp, count: int) -> Mlp:
-    """A network as so many narrower ones, whose results add up to its own."""
+def _cut(p: Mlp, experts: Mlp, count: int) -> Mlp:
+    """A network as so many narrower ones, whose results add up to its own, to lie among these experts."""
+    if not _fits(p, experts, count):
+        raise ShardingError("shared and routed experts are not INT8 in the same way; shared ones can have no own ranks")
     rows = lambda w: w.reshape(count, -1, w.shape[1])  # noqa: E731
+    columns = lambda w, like: _cut_columns(w, count, like.shape[-1])  # noqa: E731
     gate, up = jax.tree.map(rows, (p.w_gate, p.w_up))
-    return Mlp(gate, up, jax.tree.map(lambda w: _cut_columns(w, count), p.w_down))
+    return Mlp(gate, up, jax.tree.map(columns, p.w_down, experts.w_down))
 
 
-def _cut_columns(w: jax.Array, count: int) -> jax.Array:
-    if w.shape[1] == 1:  # scales, one for all columns
-        return jnp.broadcast_to(w, (count, *w.shape))
-    return w.reshape(w.shape[0], count, -1).swapaxes(0, 1)
+def _fits(p: Mlp, experts: Mlp, count: int) -> bool:
+    """Whether the same matrices are INT8, with scales for the same inputs, or for some that can be cut."""
+    if jax.tree.structure(p) != jax.tree.structure(experts):
+        return False
+    columns = lambda tree: [w.shape[-1] for w in jax.tree.leaves(tree)]  # noqa: E731
+    whole, part = columns(p.w_down), columns(experts.w_down)
+    return columns(p[:2]) == columns(experts[:2]) and not any(count * m % n for n, m in zip(whole, part, strict=True))
+
+
+def _cut_columns(w: jax.Array, count: int, width: int) -> jax.Array:
+    """Codes, or scales, of which there may be fewer: one is for several columns, or all."""
+    return jnp.repeat(w, count * width // w.shape[1], axis=1).reshape(w.shape[0], count, -1).swapaxes(0, 1)
 
 
 def shared_parts(cfg: Config, apart: bool) -> int:

@@ -39,11 +39,20 @@ def quantize(x: Float[Array, "..."], axes: tuple[int, ...]) -> QArray:
     return QArray(jnp.round(x * inverse).astype(jnp.int8), most * (1 / BOUND))  # XLA may divide so itself
 
 
+def quantize_blocks(x: Float[Array, "..."], count: int) -> QArray:
+    """Codes with so many scales along the last axis, one for each block of equal size."""
+    blocks = quantize(x.reshape(*x.shape[:-1], count, -1), (x.ndim,))
+    return QArray(blocks.codes.reshape(x.shape), blocks.scale[..., 0])
+
+
 def quantize_rows(x_td: Float[Array, "t d"]) -> QArray:
     """Rows as INT8 with a scale each (arXiv:2506.12708, section 4.5)."""
     return quantize(x_td, (1,))
 
 
 def dequantize(x: QArray, dtype: Any) -> jax.Array:
-    """The values; blocks have the size one along an axis, or its whole length."""
-    return (x.codes.astype(jnp.float32) * x.scale).astype(dtype)
+    """The values."""
+    scale = x.scale
+    for axis, (size, count) in enumerate(zip(x.shape, scale.shape, strict=True)):
+        scale = scale if count in (1, size) else jnp.repeat(scale, size // count, axis)
+    return (x.codes.astype(jnp.float32) * scale).astype(dtype)

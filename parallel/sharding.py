@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.mesh import AXES, AnyMesh
@@ -91,7 +91,7 @@ def zeros(params: Any) -> Any:
 def place(tree: Any, placement: Any) -> Any:
     """Arrays that this process has, where their parts belong. On a mesh of many processes each has all of them."""
 
-    def one(array: Any, sharding: NamedSharding) -> jax.Array:
+    def one(array: Any, sharding: Sharding) -> jax.Array:
         if sharding.is_fully_addressable:
             return jax.device_put(array, sharding)
         if isinstance(array, jax.Array) and array.sharding == sharding:

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,8 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jaxserve.checkpoints import hf, store
+from jaxserve.layers.int8 import in_int8, is_quantized, quantize_model
+from jaxserve.layers.transformer import model_params
 from jaxserve.parallel.errors import CheckpointError, ShardingError
 from tests.oracles import goldens_folder
 
@@ -112,3 +116,54 @@ def test_a_folder_without_its_list_of_files_is_named(saved, tmp_path):
     (tmp_path / "z" / "weights.json").unlink()
     with pytest.raises(CheckpointError, match="weights.json can't be read"):
         store.restore(tmp_path / "z", jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def saved_int8(saved, tmp_path_factory):
+    """A model whose matrices are INT8, but for those of the first layer."""
+    folder, cfg, whole = saved
+    model = quantize_model(whole, in_int8(model_params(cfg)))
+    model = model._replace(layers=(whole.layers[0], *model.layers[1:]))
+    place = tmp_path_factory.mktemp("int8") / NAME
+    store.save(place, model, folder)
+    return place, cfg, model
+
+
+@pytest.mark.parametrize("count", [None, 4])
+def test_what_is_int8_is_restored_as_it_is_and_where_it_belongs(saved_int8, count):
+    folder, _, model = saved_int8
+    restored = store.restore(folder, jnp.float32, *((mesh(count), RULES) if count else ()))[1]
+    jax.tree.map(np.testing.assert_array_equal, restored, model)
+    params = store.open_store(folder).params()
+    assert [p.nbytes for p in jax.tree.leaves(params)] == [w.nbytes for w in jax.tree.leaves(model)]
+    assert restored.layers[1].ffn.experts.w_up.scale.sharding.num_devices == (count or 1)
+
+
+@pytest.mark.parametrize("count", [None, 4])
+def test_restoring_rounds_what_is_not_int8_yet_if_asked_to(saved_int8, count):
+    folder, cfg, model = saved_int8
+    restored = store.restore(folder, jnp.float32, *((mesh(count), RULES) if count else ()), int8=True)[1]
+    jax.tree.map(np.testing.assert_array_equal, restored, quantize_model(model, in_int8(model_params(cfg))))
+    assert is_quantized(restored.layers[0].attn.w_o) and not is_quantized(model.layers[0].attn.w_o)
+
+
+def test_nothing_beside_the_weights_says_of_what_kind_they_are(saved, tmp_path):
+    folder, cfg, model = saved
+    other = tmp_path / "other"
+    other.mkdir()
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "w8a8_int8"}}
+    (other / "config.json").write_text(json.dumps(raw))
+    (other / "quant_model_description.json").write_text("{}")
+    store.save(tmp_path / "again", model, other)
+    assert not (tmp_path / "again" / "quant_model_description.json").exists()
+    assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_scales_that_do_not_divide_the_codes_are_refused(saved_int8, tmp_path):
+    folder, _, model = saved_int8
+    attn = model.layers[1].attn
+    broken = attn._replace(w_dkv=attn.w_dkv._replace(scale=jnp.ones((5, 1))))
+    layers = (model.layers[0], model.layers[1]._replace(attn=broken), *model.layers[2:])
+    store.save(tmp_path / "broken", model._replace(layers=layers), folder)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attn\.w_dkv\.scale \(5, 1\)"):
+        store.restore(tmp_path / "broken", jnp.float32)

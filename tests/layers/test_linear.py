@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.layers.linear import einsum, matvec, product
-from jaxserve.parallel.qarray import quantize
+from jaxserve.layers.attention import merge_heads
+from jaxserve.layers.linear import einsum, matvec, product, quantized_like
+from jaxserve.parallel.qarray import QArray, quantize, quantize_blocks
 from tests.layers.helpers import f64, intermediates, normal
 from tests.tolerances import LAYER, OP, assert_close
 
@@ -152,3 +153,72 @@ def test_a_row_gives_the_same_alone_and_among_others(rng):
     together = einsum("td,fd->tf", x, w)
     for rows in (1, 2, 20):
         assert np.array_equal(einsum("td,fd->tf", x[:rows], w), together[:rows])
+
+
+def by_blocks(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes `[…, count, size]` and scales `[…, count]`, by the rule written out in NumPy, in float32."""
+    blocks = values.astype(np.float32).reshape(*values.shape[:-1], count, -1)
+    most = np.abs(blocks).max(axis=-1)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    return np.round(blocks * inverse[..., None]).astype(np.int64), most * np.float32(1 / 127)
+
+
+def summed_by_blocks(spec: str, x, x_scale, w, w_scale) -> np.ndarray:
+    """Sums of blocks in int64, scaled and added in float32, the first block first."""
+    total = np.zeros((), np.float32)
+    for i in range(w.shape[-2]):
+        sums = np.einsum(spec, x[..., i, :], w[..., i, :]).astype(np.float32)
+        of_x = np.einsum(spec, x_scale[..., i, None], np.ones_like(w_scale[..., :1]))
+        of_w = np.einsum(spec, np.ones_like(x_scale[..., :1]), w_scale[..., i, None])
+        total = total + sums * of_x * of_w
+    return total
+
+
+BLOCKED = [  # as SPECS, of widths that have blocks
+    ("td,fd->tf", (1, 48), (30, 48)),
+    ("td,fd->tf", (40, 48), (30, 48)),
+    ("td,hrd->thr", (3, 48), (2, 5, 48)),
+    ("td,efd->etf", (9, 48), (4, 30, 48)),
+    ("etf,edf->etd", (4, 1, 48), (4, 70, 48)),
+]
+
+
+@pytest.mark.parametrize(("spec", "x", "w"), BLOCKED)
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("kind", ["random", "extreme", "zero"])
+def test_blocks_are_summed_in_integers_then_scaled_and_added_in_their_order(rng, spec, x, w, count, kind):
+    x_array, w_array = (np.asarray(CODES[kind](rng, shape), np.float32) for shape in (x, w))
+    w_array[..., 0, :] = 0
+    y = jax.jit(lambda x, w: einsum(spec, x, quantize_blocks(w, count)))(x_array, w_array)
+    expected = summed_by_blocks(spec, *by_blocks(x_array, count), *by_blocks(w_array, count))
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_rows_with_one_scale_are_multiplied_by_weights_with_several(rng):
+    """What an exchange may send."""
+    x, w = normal(rng, 3, 48), quantize_blocks(normal(rng, 30, 48), 6)
+    x_codes, x_scale = quantize(x, (1,))
+    y = einsum("td,fd->tf", QArray(x_codes, x_scale), w, jnp.float32)
+    repeated = np.repeat(x_scale, 6, axis=1)
+    blocks = np.asarray(x_codes, np.int64).reshape(3, 6, 8), repeated, np.asarray(w.codes, np.int64).reshape(30, 6, 8)
+    np.testing.assert_array_equal(y, summed_by_blocks("td,fd->tf", *blocks, np.asarray(w.scale)))
+    rounded = quantized_like(w, x)
+    assert rounded.scale.shape == (3, 6)
+    np.testing.assert_array_equal(einsum("td,fd->tf", rounded, w, jnp.float32), einsum("td,fd->tf", x, w))
+
+
+def test_a_row_of_blocks_gives_the_same_alone_and_among_others(rng):
+    x, w = normal(rng, 40, 96), quantize_blocks(normal(rng, 30, 96), 6)
+    together = einsum("td,fd->tf", x, w)
+    for rows in (1, 2, 20, 33):
+        assert np.array_equal(einsum("td,fd->tf", x[:rows], w), together[:rows])
+
+
+@pytest.mark.parametrize("scale", [(7, 1, 1), (7, 6, 1), (7, 3, 1), (7, 6, 2)])
+def test_heads_are_merged_by_weights_whose_blocks_are_heads_or_parts_or_several_of_them(rng, scale):
+    codes, o_thv = rng.integers(-127, 128, (7, 6, 4)).astype(np.int8), np.asarray(normal(rng, 5, 6, 4))
+    w_o = QArray(jnp.asarray(codes), jnp.asarray(rng.random(scale), jnp.float32))
+    count = scale[1] * scale[2]
+    flat = np.asarray(codes, np.int64).reshape(7, count, -1), np.asarray(w_o.scale).reshape(7, -1)
+    expected = summed_by_blocks("td,fd->tf", *by_blocks(o_thv.reshape(5, -1), count), *flat)
+    np.testing.assert_array_equal(merge_heads(jnp.asarray(o_thv), w_o), expected)

@@ -24,6 +24,7 @@ from jaxserve.layers.moe import (
     moe_params,
     route,
 )
+from jaxserve.parallel.qarray import QArray, dequantize, quantize_blocks, quantize_rows
 from tests.layers.helpers import f64, intermediates, normal, published_mlp, published_moe, random_arrays, raw_config
 from tests.oracles import reference
 from tests.tolerances import LAYER, OP, assert_close
@@ -239,3 +240,40 @@ def test_a_single_network_equals_the_reference(rng):
     p = random_arrays(mlp_params(32, 48, jnp.float32), rng)
     x = normal(rng, 5, 32)
     assert_close(jax.jit(mlp)(p, x), reference.mlp(published_mlp("m", p), "m", f64(x)), LAYER)
+
+
+KINDS = {
+    "rows": (1, 1, 1),
+    "blocks": (4, 4, 6),
+    "gate alone": (4, None, None),
+    "unlike": (1, 4, None),
+    "down": (None, None, 6),
+}
+"""Scales of a row of each matrix; None: floats."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_experts_of_every_kind_equal_their_floats_but_for_rounded_activations_by_both_plans(rng, tokens, kind):
+    cfg, experts = experts_of(raw_config("deepseek_v3", moe_intermediate_size=24))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    p = Mlp(*(w if n is None else quantize_blocks(w, n) for w, n in zip(p, KINDS[kind], strict=True)))
+    twin = Mlp(*(dequantize(w, jnp.float32) if isinstance(w, QArray) else w for w in p))
+    x, routing = normal(rng, tokens, cfg.width), routing_of("random", rng, tokens, experts.count, 3)
+    dense, blocks = (np.asarray(run_mix(p, x, routing, implementation=plan)) for plan in ("dense", "blocks"))
+    expected = loop_over_experts(twin, x, routing)
+    assert 0 < np.linalg.norm(dense - expected) < 0.05 * np.linalg.norm(expected)
+    assert_close(blocks, dense, OP)
+    alone = run_mix(p, x[:1], Routing(routing.experts_tk[:1], routing.weights_tk[:1]), implementation="dense")
+    if kind in ("rows", "blocks"):
+        np.testing.assert_array_equal(alone, dense[:1])
+
+
+def test_rows_that_came_with_one_scale_visit_experts_with_several(rng):
+    cfg, experts = experts_of(raw_config("deepseek_v3", moe_intermediate_size=24))
+    p = Mlp(*(quantize_blocks(w, 4) for w in random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts))
+    x, routing = normal(rng, 9, cfg.width), routing_of("random", rng, 9, experts.count, 3)
+    dense, blocks = (mix_experts(p, quantize_rows(x), routing, plan, jnp.float32) for plan in ("dense", "blocks"))
+    assert_close(blocks, dense, OP)
+    expected = loop_over_experts(Mlp(*(dequantize(w, jnp.float32) for w in p)), x, routing)
+    assert np.linalg.norm(dense - expected) < 0.05 * np.linalg.norm(expected)
