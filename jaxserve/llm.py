@@ -88,7 +88,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_folder(folder)
         raw = hf.read_json(folder)
         announced = Config.from_hf(raw)
-        _check_vocabulary(self.tokenizer, announced, folder)
+        check_vocabulary(self.tokenizer, announced, folder)
         resolved, int8 = resolve_dtype(dtype, raw), quantization is not None
         sizes.check(announced, engine_config, resolved)  # before what takes long
         checkpoint = open_checkpoint(folder)
@@ -289,7 +289,8 @@ def open_checkpoint(folder: Path) -> hf.Checkpoint | store.Store:
     return store.open_store(folder) if store.is_store(folder) else hf.open_checkpoint(folder)
 
 
-def _check_vocabulary(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:
+def check_vocabulary(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:
+    """Raises CheckpointError if the model has no embedding for some of the tokens."""
     if tokenizer.vocab_size > cfg.vocab_size:
         raise CheckpointError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, config.json has a vocab_size of "

@@ -2,9 +2,10 @@
 
 A weight that is a `QArray` is multiplied in integers: activations are quantized too, with a scale a row, the sums of
 int8 x int8 are exact in int32, and only then come both scales. So a row's result has the same bits whatever other rows
-there are, and on any number of devices: no rule of placement splits an axis that is summed along. That holds too if rows
-of the weight have scales for blocks of inputs: then so have those of activations, and the scaled sums of blocks are added
-in float32, always in the same order. A product in floats promises neither: XLA adds in an order that depends on the shapes.
+there are, and on any number of devices: no rule of placement splits an axis that is summed along. That holds too if
+rows of the weight have scales for blocks of inputs: then so have those of activations, and the scaled sums of blocks
+are added in float32, always in the same order. A product in floats promises neither: XLA adds in an order that depends
+on the shapes.
 """
 
 from typing import Any

@@ -70,7 +70,7 @@ def spread(model: Model, cfg: Config, mesh: Mesh, slots_lx: np.ndarray, rules: R
 def spread_params(params: Model, cfg: Config, slots_lx: np.ndarray) -> Model:
     """The tree of `Param` of a model over ranks, from that of the model on one device."""
     wanted = room(cfg, slots_lx)
-    whole = model_params(cfg, params.embed.dtype, wanted)
+    whole = model_params(cfg, params.embed.dtype, wanted, has_biases(params))
     if not is_int8(params):
         return whole
     slots = iter(slots_lx)

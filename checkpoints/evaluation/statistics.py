@@ -51,10 +51,25 @@ def ratio_difference(one: Parts, other: Parts) -> Estimate:
     return _interval(values[0] - values[1], one.modules, influences)
 
 
+def share_difference(one: Parts, other: Parts) -> Estimate:
+    """`ratio_difference` of shares, its interval as if half an answer more had changed either way.
+
+    So a few changes, or none, don't look certain (Agresti and Min 2005, Statistics in Medicine 24).
+    """
+    half = math.sqrt(0.5)  # its square is what it adds to the variance
+    found = ratio_difference(_with_two(one, half, 0.0), _with_two(other, 0.0, half))
+    return found._replace(value=_ratio(one) - _ratio(other))
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """The probability of so unequal a split of the answers that changed, if either way were as likely (exact)."""
     changed = gained + lost
     return min(1.0, 2 * sum(math.comb(changed, i) for i in range(min(gained, lost) + 1)) / 2**changed)
+
+
+def _with_two(parts: Parts, *values: float) -> Parts:
+    """Two items more, each of a module of its own."""
+    return Parts([*parts.modules, "+", "-"], [*parts.values, *values], [*parts.weights, 1.0, 1.0])
 
 
 def _ratio(parts: Parts) -> float:

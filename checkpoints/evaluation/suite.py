@@ -97,24 +97,35 @@ def chance(measured: Measured) -> float | None:
     return math.fsum(1 / len(choices) for choices in measured.log2) / len(measured.log2)
 
 
-def compare(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
-    """By how much the one is above the other in each task; RequestError if they had other questions."""
-    if unlike := sorted(set(one.tasks) ^ set(other.tasks)):
+def fingerprints(some: Sequence[Task], limit: int | None = None) -> dict[str, str]:
+    """What tells the items of tasks from others."""
+    return {task.name: tasks.fingerprint(tasks.items(task)[:limit]) for task in some}
+
+
+def check_items(asked: Mapping[str, str], other: Evaluation) -> None:
+    """Raises RequestError if a model had other items than those with these fingerprints."""
+    if unlike := sorted(set(asked) ^ set(other.tasks)):
         raise RequestError(f"only one of the two has {', '.join(unlike)}; evaluate both with the same tasks")
-    for name, measured in one.tasks.items():
-        if measured.fingerprint != other.tasks[name].fingerprint:
-            pythons = " and ".join(str(each.about.get("python")) for each in (one, other))
-            raise RequestError(
-                f"{name}: the two had different items (Python {pythons}); evaluate both with one Python and one limit"
-            )
+    unlike = [name for name, measured in other.tasks.items() if measured.fingerprint != asked[name]]
+    if unlike:
+        made = ", ".join(f"{key} {other.about[key]}" for key in ("python", "limit") if key in other.about)
+        raise RequestError(
+            f"{', '.join(unlike)}: {other.about.get('model')} had other items ({made}); "
+            "evaluate both with the same Python and the same limit"
+        )
+
+
+def compare(one: Evaluation, other: Evaluation) -> dict[str, Difference]:
+    """By how much the one is above the other in each task; RequestError if they had other items."""
+    check_items({name: measured.fingerprint for name, measured in one.tasks.items()}, other)
     return {name: difference(measured, other.tasks[name]) for name, measured in one.tasks.items()}
 
 
 def difference(one: Measured, other: Measured) -> Difference:
     """Of a task under two models."""
-    by = statistics.ratio_difference(one.parts, other.parts)
     if one.scoring in ("bits", "tokens"):
-        return Difference(by, None, None, None)
+        return Difference(statistics.ratio_difference(one.parts, other.parts), None, None, None)
     changes = [a - b for a, b in zip(one.parts.values, other.parts.values, strict=True)]
     gained, lost = changes.count(1), changes.count(-1)
+    by = statistics.share_difference(one.parts, other.parts)
     return Difference(by, gained, lost, statistics.mcnemar(gained, lost))

@@ -238,9 +238,9 @@ TASKS = (
     Task("next-line", "which line comes next, of four of the module", next_lines, "per byte"),
     Task("indentation", "how far the next line is indented", indentations, "sum"),
     Task("bracket", "which bracket closes", among(BRACKETS, lambda b, w, a: b.text not in "([{", 3), "sum"),
-    Task("name-recall", f"which name, last seen {DISTANCE} or more characters back, comes here", names, "sum"),
-    Task("attribute-recall", "which attribute of self comes here", attributes, "sum"),
-    Task("import-recall", "which imported name comes here", imports, "sum"),
+    Task("name", f"which name, last seen {DISTANCE} or more characters back, comes here", names, "sum"),
+    Task("attribute", "which attribute of self comes here", attributes, "sum"),
+    Task("import", "which imported name comes here", imports, "sum"),
     Task("keyword", "which keyword opens the line", among(KEYWORDS, lambda b, w, a: w.opens), "sum"),
     Task(
         "operator",

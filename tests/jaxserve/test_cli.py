@@ -114,6 +114,41 @@ def test_info_cuts_nothing_on_a_narrow_terminal_and_shows_a_folder_by_its_name(t
         assert f"  {number}\n" in result.stdout
 
 
+# -- eval --
+
+
+def test_eval_prints_scores_keeps_all_items_and_compares_with_what_was_kept(tiny_folder, tmp_path):
+    kept, model = str(tmp_path / "float.json"), str(tiny_folder)
+    first = run("eval", model, "--tasks", "perplexity, keyword", "--limit", "3", "--out", kept)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith(f"{model}, float32, Python 3.")
+    assert "  keyword" in first.stdout and "in percent" in first.stdout
+    items = json.loads(Path(kept).read_text())["tasks"]["keyword"]["items"]
+    assert len(items) == 3 and all(len(item["log2"]) == 4 for item in items)
+    again = run("eval", model, "--tasks", "perplexity,keyword", "--limit", "3", "--against", kept, "--json")
+    found = json.loads(again.stdout)
+    assert found["tasks"] == found["against"]["tasks"]
+    assert found["differences"]["keyword"] | {"by": 0} == {"by": 0, "gained": 0, "lost": 0, "p": 1.0}
+
+
+def test_eval_compares_a_model_in_int8_with_itself():
+    result = run(
+        "eval", "--tasks", "keyword", "--limit", "2", "--quantization", "int8", "--against-quantization", "none"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0].startswith("A: embedded, float32, matrices in INT8, Python 3.")
+    assert result.stdout.splitlines()[1].startswith("B: embedded, float32, Python 3.")
+    assert "only A" in result.stdout
+
+
+def test_eval_refuses_what_was_kept_of_other_items_before_it_loads_a_model(tmp_path):
+    other = {"model": "x", "python": "3.9", "tasks": {"keyword": {"scoring": "sum", "fingerprint": "0", "items": []}}}
+    (tmp_path / "a.json").write_text(json.dumps(other))
+    result = run("eval", "nowhere", "--tasks", "keyword", "--against", str(tmp_path / "a.json"))
+    assert result.returncode == 2
+    assert "keyword: x had other items (python 3.9); evaluate both" in result.stderr
+
+
 # -- what goes wrong --
 
 
@@ -129,6 +164,12 @@ def test_info_cuts_nothing_on_a_narrow_terminal_and_shows_a_folder_by_its_name(t
         (("generat",), "No such command 'generat'. Did you mean 'generate'?"),
         (("info", "nowhere"), "nowhere is no folder here"),
         (("info", "--dtype", "int3"), "dtype 'int3' is not supported"),
+        (("eval", "nowhere"), "nowhere is no folder here"),
+        (("eval", "--tasks", "brackets"), "there is no task 'brackets'; there are perplexity"),
+        (("eval", "--limit", "0"), "Invalid value for '--limit'"),
+        (("eval", "--out", "nowhere/a.json"), "--out nowhere/a.json: "),
+        (("eval", "--against", "pyproject.toml"), "pyproject.toml holds no results"),
+        (("eval", "--against", "Makefile", "--against-quantization", "int8"), "--against-quantization is for a model"),
     ],
 )
 def test_bad_input_is_told_in_one_line_with_status_two(arguments, message):

@@ -25,3 +25,4 @@ def test_a_terminal_sees_each_stage_and_a_file_nothing(monkeypatch, screen, show
 def test_amounts_have_the_unit_of_their_stage():
     assert amount("loading", 1536 * 2**10, 2**32) == "2 of 4,096 MiB"
     assert amount("compiling", 0, 7) == "0 of 7 programs"
+    assert amount("scoring", 3, 20) == "3 of 20 items"

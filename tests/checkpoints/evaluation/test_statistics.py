@@ -3,7 +3,14 @@ import math
 import numpy as np
 import pytest
 
-from jaxserve.checkpoints.evaluation.statistics import Parts, mcnemar, ratio, ratio_difference, wilson
+from jaxserve.checkpoints.evaluation.statistics import (
+    Parts,
+    mcnemar,
+    ratio,
+    ratio_difference,
+    share_difference,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,18 @@ def test_a_difference_of_equal_weights_is_the_mean_of_the_differences():
     modules, (a, b) = list("abcdefgh"), rng.normal(size=(2, 8))
     one, other, both = (Parts(modules, values, [1.0] * 8) for values in (a, b, a - b))
     assert ratio_difference(one, other) == pytest.approx(ratio(both))
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (3, 0), (7, 2), (20, 20)])
+def test_a_difference_of_shares_has_agresti_and_min_s_interval(gained, lost):
+    one, other = ([1.0] * a + [0.0] * b + [1.0] * (200 - a - b) for a, b in ((gained, lost), (0, gained)))
+    other[gained : gained + lost] = [1.0] * lost
+    modules, weights = [str(i) for i in range(200)], [1.0] * 200
+    got = share_difference(Parts(modules, one, weights), Parts(modules, other, weights))
+    middle = (gained - lost) / 202
+    half = 1.959964 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / 202) / 202
+    assert got.value == pytest.approx((gained - lost) / 200)
+    assert got[1:] == pytest.approx((middle - half, middle + half), rel=0.01)
 
 
 def test_of_a_single_module_nothing_is_known():

@@ -100,13 +100,17 @@ def test_running_text_has_a_difference_and_no_changed_answers():
     assert got.by.value == 0.5 and got[1:] == (None, None, None)
 
 
-def test_different_questions_are_not_compared():
-    one = Evaluation({"python": "3.11.7"}, {"t": measured([1.0] * 4)})
-    other = Evaluation({"python": "3.12.1"}, {"t": measured([1.0] * 4, "g")})
-    with pytest.raises(RequestError, match=r"^t: the two had different items \(Python 3.11.7 and 3.12.1\)"):
+def test_different_items_are_not_compared():
+    task = measured([1.0] * 4)
+    one = Evaluation({"python": "3.12.1"}, {"t": task})
+    other = Evaluation({"model": "B", "python": "3.11.7", "limit": 4}, {"t": measured([1.0] * 4, "g")})
+    with pytest.raises(RequestError, match=r"^t: B had other items \(python 3.11.7, limit 4\)"):
         suite.compare(one, other)
     with pytest.raises(RequestError, match="only one of the two has s, u; evaluate both with the same tasks"):
-        suite.compare(
-            Evaluation({}, {"t": one.tasks["t"], "u": one.tasks["t"]}),
-            one._replace(tasks={"t": one.tasks["t"], "s": one.tasks["t"]}),
-        )
+        suite.compare(Evaluation({}, {"t": task, "u": task}), Evaluation({}, {"t": task, "s": task}))
+
+
+def test_fingerprints_are_those_of_what_is_measured():
+    asked = suite.fingerprints([TASKS[3]], 5)
+    items = tasks.items(TASKS[3])
+    assert asked == {TASKS[3].name: tasks.fingerprint(items[:5])} != suite.fingerprints([TASKS[3]])

@@ -57,7 +57,7 @@ def test_items_are_short_enough_for_any_model(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_choices_differ_and_the_right_one_is_what_the_module_says(name):
-    made = {"import-recall": lambda item: item.context.partition("\n\n")[2], "docstring": lambda item: "def "}
+    made = {"import": lambda item: item.context.partition("\n\n")[2], "docstring": lambda item: "def "}
     expected = 1 if task(name).scoring in ("bits", "tokens") else 3 if name == "bracket" else 4
     for item in tasks.items(task(name)):
         assert len(set(item.choices)) == len(item.choices) == expected
@@ -139,18 +139,18 @@ def test_a_bracket_closes_something_that_is_not_empty():
 def test_a_name_is_recalled_from_far_back_and_not_one_of_an_attribute_or_builtin():
     far = "#" * 250 + "\n"
     text = "x = width(height)\n" + far + "print(width, a.width, len(height), height=1, h=width)\n"
-    assert answers("name-recall", text) == ["width", "height"]
+    assert answers("name", text) == ["width", "height"]
 
 
 def test_attributes_of_self_are_recalled():
     text = "self.a = 1\nself.b = other.c\nx(self.a, self.d)\n"
-    found = list(blanks("attribute-recall", text))
+    found = list(blanks("attribute", text))
     assert [(blank.answer, set(blank.others)) for blank in found] == [("a", {"a", "b"})]
 
 
 def test_imported_names_are_recalled_from_the_imports_which_stand_before_the_lines_before():
     text = '"""A module."""\nimport os.path, sys\nfrom re import sub as replace\n\n' + "x = 1\n" * 100
-    (found,) = blanks("import-recall", text + "replace(x.sys, os=1)\n")
+    (found,) = blanks("import", text + "replace(x.sys, os=1)\n")
     assert (found.answer, found.rest, found.others) == ("replace", "(x.sys, os=1)", {"os", "sys", "replace"})
     assert found.context.startswith("import os.path, sys\nfrom re import sub as replace\n\nx = 1\nx = 1\n")
 
