@@ -13,9 +13,7 @@ from jaxserve.checkpoints.hf import read_json
 from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache
 from jaxserve.layers.config import Config
-from jaxserve.layers.int8 import in_int8, quantize_model
-from jaxserve.layers.transformer import model_params
-from jaxserve.llm import check_vocabulary, load, resolve_dtype
+from jaxserve.llm import check_vocabulary, open_checkpoint, resolve_dtype
 from jaxserve.progress import Progress
 from jaxserve.tokenizer import Tokenizer
 
@@ -37,9 +35,9 @@ def evaluate(
     kind = resolve_dtype(dtype, raw)
     check_vocabulary(tokenizer, Config.from_hf(raw), folder)
     enable_cache()
-    cfg, weights = load(folder, kind, partial(progress, "loading"))
-    if quantization:
-        weights = quantize_model(weights, in_int8(model_params(cfg, kind)))
+    checkpoint = open_checkpoint(folder)
+    cfg = checkpoint.cfg
+    weights = checkpoint.read(dtype=kind, int8=quantization is not None, progress=partial(progress, "loading"))
     about = {
         "model": model or "embedded",
         "dtype": str(kind),

@@ -77,9 +77,11 @@ def encode_item(item: Item, encode: Encode) -> Encoded:
 
     What counts for a choice begins where its tokens differ from those of another, or of the context alone. If no token
     crosses from the context into a choice, that is where the choice begins; else it is the same text for all choices.
+    A last token always counts, also of choices that the vocabulary can't tell apart.
     """
     rows = tuple(tuple(encode(item.context + choice)) for choice in item.choices)
-    return Encoded(rows, max(1, len(commonprefix([tuple(encode(item.context)), *rows]))))
+    same = len(commonprefix([tuple(encode(item.context)), *rows]))
+    return Encoded(rows, max(1, min([same, *(len(row) - 1 for row in rows)])))
 
 
 def likelihoods(

@@ -80,6 +80,14 @@ def test_choices_count_from_where_a_token_differs_from_the_context_s(context, ch
     assert got == Encoded(tuple(tuple(pairs(context + choice)) for choice in choices), first)
 
 
+def test_choices_that_the_vocabulary_can_not_tell_apart_have_one_likelihood():
+    item, cfg = Item("m", "x" * 17, (")", "]", "}", ")]"), 0), TINY["qwen3"]
+    unknown = lambda text: [3] * (len(text) // 2)  # noqa: E731
+    model = random_model(cfg, np.random.default_rng(0))
+    for one in likelihoods(model, cfg, unknown, [item] * 70):
+        assert len({choice.log2 for choice in one[:3]}) == 1 and one[0].tokens == 1
+
+
 def test_a_step_computes_a_context_once_and_every_row_sees_all_its_tokens():
     context = tuple(range(1, 41))
     part = [Encoded(((9, 8, 7),), 1), Encoded(((*context, 50), (*context, *range(60, 80)), (*context, 70, 71)), 40)]
