@@ -72,11 +72,11 @@ def engines() -> dict[str, Engine]:
     return {name: Engine(model, cfg, tokenizer, options) for name, model in forms.items()}
 
 
-def speed(engine: Engine, tokens: int) -> float:
-    """Tokens a second of the batch, from the first output on: each answer has so many more."""
+def speed(engine: Engine, tokens: int, prompt: int = 32) -> float:
+    """Tokens a second of the batch, from the first output on: each answer to a prompt has so many more."""
     how = SamplingParams(temperature=0, max_tokens=tokens + 1, ignore_eos=True)
     for number in range(BATCH):
-        engine.add(Request(str(number), tuple(range(2, 34)), how))
+        engine.add(Request(str(number), tuple(range(2, 2 + prompt)), how))
     began = None
     while engine.busy:
         outputs = engine.step()

@@ -79,7 +79,7 @@ class Store:
             fits = len(scale) == len(param.shape) and not any(n % m for n, m in zip(param.shape, scale, strict=True))
             return quantized(param, scale) if fits else wanted
 
-        params = model_params(self.cfg, dtype)
+        params = model_params(self.cfg, dtype, biases="layers.0.attn_bias" in self.shapes)
         return jax.tree.map_with_path(one, params, in_int8(params) if int8 else params)
 
     def read(

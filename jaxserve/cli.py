@@ -59,6 +59,10 @@ QuantizationOption = Annotated[
     Literal["int8"] | None,
     typer.Option(help="int8: the matrices of attention, networks and experts, and products, in INT8."),
 ]
+KvCacheDtypeOption = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="Of the cache; int8: latents in INT8, keys in 16 bits; auto: that of activations."),
+]
 DevicesOption = Annotated[
     int | None,
     typer.Option(min=1, help="On CPU, emulate so many devices in this process; without it, those that --mesh needs."),
@@ -133,6 +137,7 @@ def generate(
     max_model_len: MaxModelLenOption = None,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     devices: DevicesOption = None,
     mesh: MeshOption = None,
     coordinator: CoordinatorOption = None,
@@ -159,7 +164,15 @@ def generate(
             _join(coordinator, num_processes, process_id, devices, mesh)
         else:
             mesh = _emulate(devices, mesh)
-        llm = _load(model, dtype, quantization, max_model_len, mesh, progress)
+        llm = _load(
+            model,
+            progress,
+            dtype=dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=max_model_len,
+            mesh=mesh,
+        )
     _stream(text, llm, params)
 
 
@@ -182,15 +195,12 @@ def _progress() -> Any:
     return bar()
 
 
-def _load(
-    model: str | None, dtype: str, quantization: str | None, max_model_len: int | None, mesh: str | None, progress: Any
-) -> "LLM":
+def _load(model: str | None, progress: Any, **options: Any) -> "LLM":
     """Loads a model for one prompt at a time."""
     from jaxserve.llm import LLM
 
     # One prompt needs few of the programs that many would.
-    size: dict[str, Any] = {"max_model_len": max_model_len, "max_num_seqs": 1, "warmup": False}
-    return LLM(model, dtype=dtype, quantization=quantization, mesh=mesh, progress=progress, **size)
+    return LLM(model, progress=progress, max_num_seqs=1, warmup=False, **options)
 
 
 def _join(coordinator: str | None, processes: int, process: int, devices: int | None, mesh: str | None) -> None:
@@ -249,6 +259,7 @@ def _stream(prompt: str, llm: "LLM", params: SamplingParams) -> None:
 def info(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name; without it, the embedded model.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and cache, for the memory they take.")] = "bfloat16",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
     """Shows a model's architecture, parameters and memory.
 
@@ -265,7 +276,7 @@ def info(
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
     _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")
     _print_table("parameters", parts(cfg), "right")
-    _print_table(f"memory in {kind}", memory(cfg, kind), "right")
+    _print_table(f"memory in {kind}", memory(cfg, kind, kv_cache_dtype=kv_cache_dtype), "right")
 
 
 @app.command()
@@ -334,6 +345,7 @@ def plan(
         Literal["flat", "hierarchical"], typer.Option(help="Among all ranks at once, or within nodes first.")
     ] = "flat",
     quantization: QuantizationOption = None,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     past: Annotated[bool, typer.Option("--past", help="Prefill of chunks whose prompts have begun before.")] = False,
     page_size: Annotated[int, typer.Option(help="Tokens of a page of the cache.")] = 64,
     dtype: Annotated[str, typer.Option(help="Of weights, activations and cache.")] = "bfloat16",
@@ -372,6 +384,7 @@ def plan(
         max_num_batched_tokens=max_num_batched_tokens,
         num_pages=max_num_seqs * -(-max_model_len // page_size),  # all that the answers can fill
         page_size=page_size,
+        kv_cache_dtype=kv_cache_dtype,
         num_speculative_tokens=num_speculative_tokens,
         speculation_max_seqs=max_num_seqs,
         num_redundant_experts=num_redundant_experts,
@@ -385,7 +398,9 @@ def plan(
     if as_json:
         typer.echo(json.dumps(accounts.as_json(found, known), indent=2))
     else:
-        _print_account(found, known, f"{kind}, matrices in INT8" if quantization else str(kind))
+        rounded = {"matrices": quantization, "latents": kv_cache_dtype}
+        in_int8 = " and ".join(what for what, how in rounded.items() if how == "int8")
+        _print_account(found, known, f"{kind}, {in_int8} in INT8" if in_int8 else str(kind))
 
 
 def _print_account(found: "Account", machine: "Topology | None", dtype: str) -> None:

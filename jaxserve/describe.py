@@ -7,7 +7,8 @@ import jax
 
 from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.moe import Moe
-from jaxserve.layers.transformer import Model, cache_params, model_params
+from jaxserve.layers.transformer import Model, model_params
+from jaxserve.options import CacheDtype, EngineConfig, cache_of
 
 Row = tuple[str, str]
 
@@ -61,13 +62,14 @@ def parts(cfg: Config) -> list[Row]:
     return [*shown, ("total", f"{total:,}"), ("used by a token, without MTP", f"{active:,}")]
 
 
-def memory(cfg: Config, dtype: Any, params: Model | None = None) -> list[Row]:
+def memory(cfg: Config, dtype: Any, params: Model | None = None, kv_cache_dtype: CacheDtype = "auto") -> list[Row]:
     """Bytes of the weights, and of the cache for a token and for the longest sequence.
 
     `params` describe the weights, by default in floats.
     """
     weights = sum(p.nbytes for p in jax.tree.leaves(params or model_params(cfg, dtype)))
-    token = sum(p.nbytes for p in jax.tree.leaves(cache_params(cfg, 1, 1, dtype)))
+    options = EngineConfig(page_size=1, kv_cache_dtype=kv_cache_dtype)
+    token = sum(p.nbytes for p in jax.tree.leaves(cache_of(cfg, options, 1, dtype)))
     return [
         ("weights", human(weights)),
         ("cache of a token", human(token)),

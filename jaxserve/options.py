@@ -1,14 +1,17 @@
 """How much an engine holds, and how it goes about it."""
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
-from jaxserve.layers.config import Config
+from jaxserve.layers.config import Config, LatentAttention
 from jaxserve.layers.transformer import cache_params
 from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.ranks import Exchange
+
+CacheDtype = Literal["auto", "int8"]
+"""Of the cache: that of activations, or INT8 for latents."""
 
 MAX_DRAFTS = 8
 MAX_MICROBATCHES = 2
@@ -31,7 +34,9 @@ _LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The options of an engine, by vLLM's names where it has one. None changes a token that is generated, but the seed.
+    """The options of an engine, by vLLM's names where it has one.
+
+    None changes a token that is generated, but the seed and `kv_cache_dtype`.
 
     On a mesh, answers, pages and bytes are those of each device; prompts' tokens are those of a step of all together.
 
@@ -43,6 +48,7 @@ class EngineConfig:
     page_size               tokens of a page of the cache
     num_pages               None: what all answers need at their longest, if `cache_bytes` hold that
     cache_bytes             of all pages together, at most
+    kv_cache_dtype          "auto", that of activations; "int8": latents in INT8, a scale a token, keys in 16 bits
     num_speculative_tokens  guesses a step; None: 1 if the model has an MTP module, but 0 on CPU
     speculation_entropy     guesses less sure than this, in nats, are not verified; of no effect on a mesh
     speculation_max_seqs    in steps for more answers, guesses are neither verified nor made
@@ -62,6 +68,7 @@ class EngineConfig:
     page_size: int = 64
     num_pages: int | None = None
     cache_bytes: int = 4 << 30
+    kv_cache_dtype: CacheDtype = "auto"
     num_speculative_tokens: int | None = None
     speculation_entropy: float = 2.0
     speculation_max_seqs: int = 32
@@ -87,8 +94,9 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "warmup"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} = {getattr(self, name)!r}: it must be True or False")
-        if self.expert_exchange not in (kinds := get_args(Exchange)):
-            raise RequestError(f"expert_exchange = {self.expert_exchange!r}: it must be one of {', '.join(kinds)}")
+        for name, kinds in {"kv_cache_dtype": get_args(CacheDtype), "expert_exchange": get_args(Exchange)}.items():
+            if getattr(self, name) not in kinds:
+                raise RequestError(f"{name} = {getattr(self, name)!r}: it must be one of {', '.join(kinds)}")
         nats = self.speculation_entropy
         if not isinstance(nats, int | float) or isinstance(nats, bool) or not nats >= 0:
             raise RequestError(f"speculation_entropy = {nats!r}: it must be a number of nats, 0 or more")
@@ -120,10 +128,20 @@ def drafts(cfg: Config, options: EngineConfig) -> int:
     return wanted
 
 
+def cache_of(cfg: Config, options: EngineConfig, pages: int, dtype: Any) -> tuple[Any, ...]:
+    """The tree of `Param` of a cache of so many pages."""
+    int8 = options.kv_cache_dtype == "int8"
+    if int8 and not isinstance(cfg.attention, LatentAttention):
+        raise RequestError(
+            "kv_cache_dtype = 'int8': the model's attention is grouped-query and has no latents; it must be 'auto'"
+        )
+    return cache_params(cfg, pages, options.page_size, dtype, int8)
+
+
 def num_pages(cfg: Config, options: EngineConfig, dtype: Any) -> int:
     """Pages of the cache: at least what one answer needs at its longest."""
     longest = -(-model_len(cfg, options) // options.page_size)
-    page_bytes = sum(p.nbytes for p in jax.tree.leaves(cache_params(cfg, 1, options.page_size, dtype)))
+    page_bytes = sum(p.nbytes for p in jax.tree.leaves(cache_of(cfg, options, 1, dtype)))
     if options.num_pages is None:
         return max(longest, min(longest * options.max_num_seqs, options.cache_bytes // page_bytes))
     if options.num_pages < longest:

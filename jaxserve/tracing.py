@@ -13,7 +13,7 @@ from jaxserve import options as sizes
 from jaxserve.layers.config import Config
 from jaxserve.layers.moe import Spread
 from jaxserve.layers.spread import in_order, room, spread_params
-from jaxserve.layers.transformer import Model, cache_params, model_params
+from jaxserve.layers.transformer import Model, model_params
 from jaxserve.options import EngineConfig
 from jaxserve.packed_prefill import prefill_packed
 from jaxserve.packing import Packer
@@ -60,7 +60,7 @@ def empty_state(cfg: Config, options: EngineConfig, dtype: Any, devices: Devices
     """The state of all ranks, before there is a sequence."""
     slots, drafts = options.max_num_seqs * devices.count, sizes.drafts(cfg, options)
     pages = sizes.num_pages(cfg, options, dtype) * devices.count
-    cache = cache_params(cfg, pages, options.page_size, dtype)
+    cache = sizes.cache_of(cfg, options, pages, dtype)
     experts = cfg.experts.count if cfg.experts else 1
     load = Param((devices.count, max(1, cfg.mixtures), experts), (None, "l", "e"), jnp.int32)
     return devices.make(lambda: State(empty(slots, drafts, cfg.vocab_size), *zeros((cache, load))))

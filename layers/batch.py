@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxserve.layers.dims import AnyArray, Leaf
+from jaxserve.parallel.qarray import QArray, quantize_rows
 
 BLOCK_TOKENS = 256
 """Cached tokens attended to at once: what bounds attention's working memory, whatever the context's length."""
@@ -77,15 +78,26 @@ def divide(batch: Batch, count: int) -> tuple[Batch, ...]:
     return tuple(part(*ends) for ends in pairwise(tiles * i // count for i in range(count + 1)))
 
 
+def kept(rows: Leaf, pages: Leaf) -> Leaf:
+    """Rows as the pages keep them, in their dtypes or as integers with a scale; what is so already does not change."""
+
+    def one(page: Leaf, row: Leaf) -> Leaf:
+        if isinstance(page, QArray):
+            return row if isinstance(row, QArray) else quantize_rows(row)
+        return row.astype(page.dtype)
+
+    return jax.tree.map(one, pages, rows, is_leaf=lambda leaf: isinstance(leaf, QArray))
+
+
 def write(pages: Leaf, rows: Leaf, batch: Batch) -> Leaf:
-    """Stores one row per token where its position belongs: `pages[p, b, …]` and `rows[t, …]` are trees alike."""
+    """Stores one row per token where its position belongs, as the pages keep it: `pages[p, b, …]` and `rows[t, …]`."""
     b = jax.tree.leaves(pages)[0].shape[1]
     slots_t = jnp.repeat(batch.slots_a, batch.tile)
     page_t = batch.pages_sp[slots_t, jnp.maximum(batch.positions_t, 0) // b]
     nowhere = jax.tree.leaves(pages)[0].shape[0]
     page_t = jnp.where(batch.positions_t < 0, nowhere, page_t)
-    store = lambda page, row: page.at[page_t, batch.positions_t % b].set(row.astype(page.dtype), mode="drop")  # noqa: E731
-    return jax.tree.map(store, pages, rows)
+    store = lambda page, row: page.at[page_t, batch.positions_t % b].set(row, mode="drop")  # noqa: E731
+    return jax.tree.map(store, pages, kept(rows, pages))
 
 
 def once_read(pages: Leaf, states: Any) -> Leaf:
@@ -116,7 +128,7 @@ def read_block(pages: Leaf, batch: Batch, i: Int[Array, ""] | int) -> tuple[Leaf
 
 
 def read_own(fresh: Fresh, batch: Batch) -> tuple[Leaf, Array]:
-    """What each tile's tokens are to leave in the cache, `[a, w, …]`, in its dtype; and who sees it, `[a, w, j]`.
+    """What each tile's tokens are to leave in the cache, `[a, w, …]`, as it keeps it; and who sees it, `[a, w, j]`.
 
     Like `read_block`, a token sees what stands at its position or before it, and 0 stands for what none sees.
     """
@@ -124,11 +136,11 @@ def read_own(fresh: Fresh, batch: Batch) -> tuple[Leaf, Array]:
     real_aw = positions_aw >= 0
     seen_awj = real_aw[:, None] & (positions_aw[:, None] <= positions_aw[:, :, None])
 
-    def own(page, rows):
-        block = rows.reshape(*positions_aw.shape, *rows.shape[1:]).astype(page.dtype)
+    def own(rows):
+        block = rows.reshape(*positions_aw.shape, *rows.shape[1:])
         return jnp.where(real_aw.reshape(*real_aw.shape, *(1,) * (block.ndim - 2)), block, 0)
 
-    return jax.tree.map(own, fresh.pages, fresh.rows), seen_awj
+    return jax.tree.map(own, kept(fresh.rows, fresh.pages)), seen_awj
 
 
 def before(batch: Batch) -> Batch:

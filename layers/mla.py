@@ -8,6 +8,7 @@ Two forms of the same attention read it:
   themselves. Fewer bytes: decode.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from jaxserve.layers.dims import Leaf
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import rotate
-from jaxserve.parallel.sharding import Param
+from jaxserve.parallel.qarray import QArray, dequantize
+from jaxserve.parallel.sharding import Param, quantized
 
 LATENT_EPS = 1e-6
 """Of the norms inside latent attention: the published models' code has this whatever `rms_norm_eps` says."""
@@ -41,7 +43,10 @@ class Mla(NamedTuple):
 
 
 class LatentCache(NamedTuple):
-    """One layer's pages of latents (normed) and keys (rotated)."""
+    """One layer's pages of latents (normed) and keys (rotated).
+
+    Latents may be in INT8, with a scale a token; keys are in 16 bits then (arXiv:2508.02520, section 4.7).
+    """
 
     c: Leaf  # p b c
     r: Leaf  # p b r
@@ -64,11 +69,12 @@ def mla_params(cfg: Config, att: LatentAttention, dtype) -> Mla:
     )
 
 
-def mla_cache(att: LatentAttention, pages: int, page_size: int, dtype) -> LatentCache:
-    return LatentCache(
-        c=Param((pages, page_size, att.kv_rank), ("p", "b", "c"), dtype),
-        r=Param((pages, page_size, att.rope_dim), ("p", "b", "r"), dtype),
-    )
+def mla_cache(att: LatentAttention, pages: int, page_size: int, dtype, int8: bool = False) -> LatentCache:
+    c = Param((pages, page_size, att.kv_rank), ("p", "b", "c"), dtype)
+    r = Param((pages, page_size, att.rope_dim), ("p", "b", "r"), dtype)
+    if not int8:
+        return LatentCache(c, r)
+    return LatentCache(quantized(c), replace(r, dtype=dtype if jnp.dtype(dtype).itemsize == 2 else jnp.bfloat16))
 
 
 def mla(
@@ -132,9 +138,8 @@ def attend_expanded(
     q_awhz = _tiles(jnp.concatenate([q_thn, q_thr], axis=-1) * att.scale, batch)
 
     def block(entries: LatentCache, seen_awj: Array) -> Block:
-        c_ajc, k_ajr = entries
-        c_ajc = c_ajc.astype(q_thn.dtype)
-        k_ajhr = jnp.broadcast_to(k_ajr.astype(q_thn.dtype)[:, :, None], (*k_ajr.shape[:2], att.heads, att.rope_dim))
+        c_ajc, k_ajr = _floats(entries, q_thn.dtype)
+        k_ajhr = jnp.broadcast_to(k_ajr[:, :, None], (*k_ajr.shape[:2], att.heads, att.rope_dim))
         k_ajhz = jnp.concatenate([einsum("ajc,hnc->ajhn", c_ajc, p.w_uk), k_ajhr], axis=-1)
         v_ajhv = einsum("ajc,hvc->ajhv", c_ajc, p.w_uv)
         logits_ahwj = _dot32("awhz,ajhz->ahwj", q_awhz, k_ajhz)
@@ -153,8 +158,7 @@ def attend_absorbed(
     q_awhz = _tiles(jnp.concatenate([q_thc, q_thr], axis=-1) * att.scale, batch)
 
     def block(entries: LatentCache, seen_awj: Array) -> Block:
-        c_ajc, k_ajr = entries
-        c_ajc, k_ajr = c_ajc.astype(q_thn.dtype), k_ajr.astype(q_thn.dtype)
+        c_ajc, k_ajr = _floats(entries, q_thn.dtype)
         k_ajz = jnp.concatenate([c_ajc, k_ajr], axis=-1)
         logits_ahwj = _dot32("awhz,ajz->ahwj", q_awhz, k_ajz)
         return Block(logits_ahwj, seen_awj, lambda w_ahwj: _dot32("ahwj,ajc->ahwc", w_ahwj, c_ajc))
@@ -162,6 +166,12 @@ def attend_absorbed(
     o_ahwc = attend(block, cache, batch, att.heads, att.kv_rank)
     o_thc = o_ahwc.transpose(0, 2, 1, 3).reshape(-1, att.heads, att.kv_rank).astype(q_thn.dtype)
     return einsum("thc,hvc->thv", o_thc, p.w_uv)
+
+
+def _floats(entries: LatentCache, dtype) -> tuple[Array, Array]:
+    """A block's latents and keys as attention multiplies them."""
+    c, r = entries
+    return dequantize(c, dtype) if isinstance(c, QArray) else c.astype(dtype), r.astype(dtype)
 
 
 def _tiles(q_thz: Array, batch: Batch) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.attention import Gqa, KeyValueCache, attend_grouped, keys_values, merge_heads
-from jaxserve.layers.batch import Batch, Rows, once_read, write
+from jaxserve.layers.batch import Batch, Rows, kept, once_read, write
 from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
 from jaxserve.layers.dims import AnyArray, Leaf
 from jaxserve.layers.linear import einsum
@@ -38,7 +38,7 @@ from jaxserve.layers.transformer import (
     through_layers,
     total_load,
 )
-from jaxserve.parallel.dispatch import bits, values
+from jaxserve.parallel.dispatch import bits, pack, unpack, values
 from jaxserve.parallel.ranks import Ranks, exchange, gather, share_of_total, total
 
 
@@ -113,7 +113,7 @@ def packed_layer(
     A single microbatch may find in the cache what it has just written: the past of one sequence can be another's
     tokens. Those of several see it as it was.
     """
-    shared, alone = each(partial(share, p, cfg=cfg, ranks=ranks), states, parts), len(parts) == 1
+    shared, alone = each(partial(share, p, cache=cache, cfg=cfg, ranks=ranks), states, parts), len(parts) == 1
     if alone:
         cache = _extend(cache, shared[0].entries, parts[0])
     found = each(partial(packed_output, p, cache=cache, cfg=cfg, ranks=ranks), states, shared, parts)
@@ -126,17 +126,17 @@ def packed_layer(
 
 
 @jax.named_scope("attention")
-def share(p: Layer, x_td: Float[Array, "t d"], packed: Packed, cfg: Config, ranks: Ranks) -> Shared:
+def share(p: Layer, x_td: Float[Array, "t d"], packed: Packed, cache: Any, cfg: Config, ranks: Ranks) -> Shared:
     """Gives all ranks what they need of this rank's tokens.
 
-    Keys and values of grouped-query attention are wider than what they are made of: that is given, and all make them.
+    Latents are given as the cache keeps them. Keys and values of grouped-query attention are wider than what they are
+    made of: that is given, and all make them.
     """
     normed_td = rms_norm(x_td, p.attn_norm, cfg.norm_eps)
     if isinstance(p.attn, Mla):
-        own = latents(p.attn, normed_td, packed.part(ranks), cfg)
-        q_tq, *entries = _gather((compressed(p.attn, normed_td), *own), ranks)
-        return Shared(q_tq, LatentCache(*entries))
-    (normed_td,) = _gather((normed_td,), ranks)
+        own = kept(latents(p.attn, normed_td, packed.part(ranks), cfg), cache)
+        return Shared(*_gather((compressed(p.attn, normed_td), own), ranks))
+    normed_td = _gather(normed_td, ranks)
     return Shared(normed_td, keys_values(p.attn, normed_td, packed, cfg))
 
 
@@ -195,7 +195,7 @@ def draft_packed(
     """
     parts = packed.microbatches(ranks)
     x_td = join(model, mtp, hidden_td, mine(packed.tokens_t, ranks, len(parts)), cfg)
-    rows = each(partial(_entries, mtp.layer, cfg=cfg, ranks=ranks), jnp.split(x_td, len(parts)), parts)
+    rows = each(partial(_entries, mtp.layer, cache=cache, cfg=cfg, ranks=ranks), jnp.split(x_td, len(parts)), parts)
     for entries, part in zip(rows, parts, strict=True):
         cache = _extend(cache, entries, part)
     positions_s = jnp.take(packed.positions_t, mine(last.index_s, ranks), mode="fill", fill_value=-1)
@@ -223,20 +223,19 @@ def mine(column: AnyArray, ranks: Ranks, parts: int = 1) -> Array:
     return jax.lax.dynamic_index_in_dim(blocks, ranks.rank, axis=1, keepdims=False).reshape(-1)
 
 
-def _entries(p: Layer, x_td: Array, packed: Packed, cfg: Config, ranks: Ranks) -> LatentCache | KeyValueCache:
+def _entries(
+    p: Layer, x_td: Array, packed: Packed, cache: Any, cfg: Config, ranks: Ranks
+) -> LatentCache | KeyValueCache:
     """What all tokens leave in the cache."""
     normed_td = rms_norm(x_td, p.attn_norm, cfg.norm_eps)
     if isinstance(p.attn, Mla):
-        return LatentCache(*_gather(tuple(latents(p.attn, normed_td, packed.part(ranks), cfg)), ranks))
-    return keys_values(p.attn, _gather((normed_td,), ranks)[0], packed, cfg)
+        return _gather(kept(latents(p.attn, normed_td, packed.part(ranks), cfg), cache), ranks)
+    return keys_values(p.attn, _gather(normed_td, ranks), packed, cfg)
 
 
-def _gather(parts: tuple[Array, ...], ranks: Ranks) -> list[Array]:
-    """Rows of all ranks, several columns in one message."""
-    ends = [sum(part.shape[1] for part in parts[: i + 1]) for i in range(len(parts) - 1)]
-    joined = jnp.concatenate(parts, axis=1)
-    came = gather(bits(joined), ranks)
-    return jnp.split(values(came, joined.dtype), ends, axis=1)
+def _gather(tree: Any, ranks: Ranks) -> Any:
+    """Rows of all ranks, of a whole tree in one message."""
+    return unpack(gather(pack(tree), ranks), tree)
 
 
 def _extend(cache: Leaf, entries: Leaf, packed: Packed) -> Leaf:
@@ -273,7 +272,8 @@ def _past(cache: Leaf, packed: Packed, ranks: Ranks) -> Leaf:
         rows = pages[ids_pw, places_pw % b]
         return jnp.where(known_p.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
 
-    return total(jax.tree.map(give, cache), ranks)
+    own = jax.tree.map(give, cache)
+    return unpack(total(pack(own), ranks), own)  # all ranks' bytes but one's are zero
 
 
 def _my_heads(w: Leaf, count: int, ranks: Ranks) -> Leaf:

@@ -101,10 +101,12 @@ def has_biases(model: Model) -> bool:
     return model.layers[0].attn_bias is not None
 
 
-def cache_params(cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
-    """The tree of `Param` of the paged cache: one entry a layer, the MTP layers' last."""
+def cache_params(
+    cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32, int8: bool = False
+) -> tuple[Any, ...]:
+    """The tree of `Param` of the paged cache: one entry a layer, the MTP layers' last. `int8` is for latents alone."""
     att, size = cfg.attention, (pages, page_size, dtype)
-    layer = mla_cache(att, *size) if isinstance(att, LatentAttention) else gqa_cache(att, *size)
+    layer = mla_cache(att, *size, int8) if isinstance(att, LatentAttention) else gqa_cache(att, *size)
     return (layer,) * (cfg.layers + cfg.mtp_layers)
 
 

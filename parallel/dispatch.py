@@ -11,11 +11,13 @@ A token's codes and scale are made of it alone, and its answers are added in the
 they come from. So with experts in INT8 it gets the same bits on any number of devices (docs/structure.md).
 """
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxserve.parallel.qarray import QArray, quantize_rows
 from jaxserve.parallel.ranks import Ranks, exchange
@@ -72,11 +74,12 @@ def dispatch(
     fill = lambda values, nothing: jnp.full(count * room, nothing).at[row_tk].set(values, mode="drop")  # noqa: E731
     tokens_i = fill(jnp.broadcast_to(jnp.arange(t)[:, None], (t, k)), t)
     slots_i = fill(slots_tk % slots_per_rank, slots_per_rank)
-    messages = jnp.take(_payload(x_td, ranks.payload), tokens_i, axis=0, mode="fill", fill_value=0)
-    sent = jnp.concatenate([messages, _bytes(slots_i[:, None])], axis=1)
+    rows_td, numbers_i1 = _payload(x_td, ranks.payload), slots_i[:, None]
+    messages = jnp.take(pack(rows_td), tokens_i, axis=0, mode="fill", fill_value=0)
+    sent = jnp.concatenate([messages, pack(numbers_i1)], axis=1)
     came = exchange(sent.reshape(count, room, -1), ranks).reshape(count * room, -1)
-    rows, numbers = jnp.split(came, [came.shape[1] - 4], axis=1)
-    return Received(_open(rows, x_td, ranks.payload), _from_bytes(numbers, jnp.int32)[:, 0]), Handle(row_tk, room)
+    rows_id, numbers_i1 = unpack(came, (rows_td, numbers_i1))
+    return Received(rows_id, numbers_i1[:, 0]), Handle(row_tk, room)
 
 
 @jax.named_scope("combine")
@@ -99,34 +102,33 @@ def rank_in_group(group_i: Int[Array, " i"], groups: int) -> tuple[Int[Array, " 
     return place - first[group_i], count_g
 
 
-def _payload(x_td: Array, kind: str) -> Array:
-    """A token's part of a message, in bytes."""
+def _payload(x_td: Array, kind: str) -> Array | QArray:
+    """What a token's experts are sent of it."""
     if kind == "float":
-        return _bytes(x_td)
+        return x_td
     if kind != "int8":
         raise NotImplementedError(f"payload {kind!r} of dispatch; there are: int8, float")
-    return jnp.concatenate([_bytes(part) for part in quantize_rows(x_td)], axis=1)
+    return quantize_rows(x_td)
 
 
-def _open(rows: Array, like: Array, kind: str) -> Array | QArray:
-    """What `_payload` has packed."""
-    if kind == "float":
-        return _from_bytes(rows, like.dtype)
-    codes, scale = jnp.split(rows, [like.shape[1]], axis=1)
-    return QArray(_from_bytes(codes, jnp.int8), _from_bytes(scale, jnp.float32))
+def pack(tree: Any) -> UInt8[Array, "rows bytes"]:
+    """A tree of arrays with as many rows as one of bytes: a single message, which no backend widens."""
+    in_bytes = lambda x: jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(x.shape[0], -1)  # noqa: E731
+    return jnp.concatenate([in_bytes(x) for x in jax.tree.leaves(tree)], axis=1)
 
 
-def _bytes(x: Array) -> Array:
-    """`[t, n]` as `[t, bytes]`: the message is one array, and no backend widens it."""
-    as_bytes = jax.lax.bitcast_convert_type(x, jnp.uint8)
-    return as_bytes.reshape(x.shape[0], -1)
+def unpack(message: UInt8[Array, "rows bytes"], like: Any) -> Any:
+    """The tree that `pack` was given: arrays like these, but with the message's rows."""
+    leaves, tree = jax.tree.flatten(like)
+    widths = [x.dtype.itemsize * math.prod(x.shape[1:]) for x in leaves]
+    parts = jnp.split(message, list(itertools.accumulate(widths[:-1])), axis=1)
+    return tree.unflatten(map(_from_bytes, parts, leaves))
 
 
-def _from_bytes(x: Array, dtype: Any) -> Array:
-    """What `_bytes` was made of."""
-    size = jnp.dtype(dtype).itemsize
-    grouped = x.reshape(x.shape[0], -1, size) if size > 1 else x
-    return jax.lax.bitcast_convert_type(grouped, dtype)
+def _from_bytes(part: Array, like: Any) -> Array:
+    size = like.dtype.itemsize
+    grouped = part.reshape(-1, *like.shape[1:], *([size] if size > 1 else []))
+    return jax.lax.bitcast_convert_type(grouped, like.dtype)
 
 
 def bits(x: Array) -> Array:

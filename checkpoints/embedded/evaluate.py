@@ -6,7 +6,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,11 +102,11 @@ def contiguous(tokens_st: Int[Array, "s t"]) -> Batch:
     return Batch(tokens_st.reshape(-1), jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
 
 
-def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Score:
-    """Runs whole windows through the model and its MTP module."""
+def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config, int8_cache: bool = False) -> Score:
+    """Runs whole windows through the model and its MTP module; attention reads what a cache keeps of latents."""
     s, t = tokens_st.shape[0], tokens_st.shape[1] - 1
     batch, following = contiguous(tokens_st[:, :-1]), tokens_st[:, 1:].reshape(-1)
-    out = forward(model, batch, zeros(cache_params(cfg, s, t)), cfg)
+    out = forward(model, batch, zeros(cache_params(cfg, s, t, int8=int8_cache)), cfg)
     ahead = draft(model, model.mtp[0], out.hidden_td, batch._replace(tokens_t=following), out.cache[-1], cfg)
     scores_tu = logits(model, out.hidden_td)
     log_t = jnp.take_along_axis(jax.nn.log_softmax(scores_tu), following[:, None], axis=1)[:, 0]
@@ -115,12 +115,14 @@ def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Score:
     return Score(*(part.reshape(s, t) for part in parts))
 
 
-def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show: Show = lambda done, total: None) -> Report:
+def evaluate(
+    model: Model, cfg: Config, tokenizer: Tokenizer, show: Show = lambda done, total: None, int8_cache: bool = False
+) -> Report:
     """Scores all held-out modules of the running interpreter's library; `show` is told the windows done and in all."""
     training, held_out = corpus.split(corpus.modules())
     begin = cast(int, tokenizer.token_to_id(corpus.BEGIN))
     documents, size = corpus.encode(tokenizer, held_out), sum(len(m.text.encode()) for m in held_out)
-    sums = total([window for ids in documents for window in windows(ids, begin)], model, cfg, show)
+    sums = total([window for ids in documents for window in windows(ids, begin)], model, cfg, show, int8_cache)
     baseline = ngram.fit(corpus.encode(tokenizer, training), cfg.vocab_size, bos=begin)
     rival = -sum(float(ngram.log2_probabilities(baseline, ids).sum()) for ids in documents) / size
     return Report(
@@ -135,12 +137,12 @@ def evaluate(model: Model, cfg: Config, tokenizer: Tokenizer, show: Show = lambd
     )
 
 
-def total(cut: list[Window], model: Model, cfg: Config, show: Show) -> Tally:
+def total(cut: list[Window], model: Model, cfg: Config, show: Show, int8_cache: bool = False) -> Tally:
     """Scores windows, ROWS at a time, and adds up what counts."""
-    run, sums = jax.jit(score, static_argnums=2), Tally(0.0, 0, 0, 0, 0)
+    run, sums = jax.jit(score, static_argnums=(2, 3)), Tally(0.0, 0, 0, 0, 0)
     for i in range(0, len(cut), ROWS):
         part = Window(*(np.stack(column) for column in zip(*_filled(cut[i : i + ROWS]), strict=True)))
-        sums = sums.plus(tally(part, run(model, jnp.asarray(part.tokens), cfg)))
+        sums = sums.plus(tally(part, run(model, jnp.asarray(part.tokens), cfg, int8_cache)))
         show(min(i + ROWS, len(cut)), len(cut))
     return sums
 
@@ -168,13 +170,17 @@ def main(
     folder: Annotated[
         Path, typer.Argument(help="A Hugging Face folder with the embedded model's tokenizer.")
     ] = EMBEDDED,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8"], typer.Option(help="Of the cache; int8: latents in INT8, keys in 16 bits.")
+    ] = "auto",
 ) -> None:
     """Prints held-out bits per byte, accuracy and MTP acceptance as JSON."""
     cfg, model = hf.load(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("scoring windows", total=None)
-        report = evaluate(model, cfg, tokenizer, lambda done, total: bar.update(task, completed=done, total=total))
+        show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        report = evaluate(model, cfg, tokenizer, show, int8_cache=kv_cache_dtype == "int8")
     typer.echo(json.dumps(report._asdict(), indent=2))
 
 

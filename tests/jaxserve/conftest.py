@@ -14,7 +14,7 @@ from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.engine import Engine
 from jaxserve.layers.spread import in_order, spread
-from jaxserve.options import EngineConfig
+from jaxserve.options import CacheDtype, EngineConfig
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.programs import Shapes, Tiles
 from jaxserve.request import Output, Request, SamplingParams
@@ -77,10 +77,18 @@ def loaded(name: str):
 
 
 @functools.cache
-def engine(name: str, drafts: int, shape: tuple[int, int] | None = None, microbatches: int = 1) -> Engine:
+def engine(
+    name: str, drafts: int, shape: tuple[int, int] | None = None, microbatches: int = 1,
+    kv_cache_dtype: CacheDtype = "auto",
+) -> Engine:  # fmt: skip
     """Steps of 128 tokens, compiled when they are needed; on one device, or on each of a mesh of this shape."""
     cfg, model, tokenizer, *_ = loaded(name)
-    options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=drafts, num_microbatches=microbatches)
+    options = EngineConfig(
+        **EMBEDDED_SIZE,
+        num_speculative_tokens=drafts,
+        num_microbatches=microbatches,
+        kv_cache_dtype=kv_cache_dtype,
+    )
     if shape is None:
         return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name == "embedded" else None)
     mesh = make_mesh(*shape)

@@ -112,6 +112,13 @@ def test_prefill_at_ep32_gathers_latents_exchanges_heads_and_holds_its_own_heads
     assert rows[("", "reduce-scatter")][2] == 1
 
 
+def test_latents_in_int8_take_644_bytes_a_token_and_are_gathered_so():
+    found = v3("prefill", 2, max_num_seqs=8, max_num_batched_tokens=16384, kv_cache_dtype="int8")
+    assert found.keeps.cache == 8 * CONTEXT * 62 * (512 + 4 + 2 * 64)
+    gathered = [(one.nbytes, count) for one, count in found.traffic.items() if one.kind == "all-gather"]
+    assert gathered == [(512 * (2 * 1536 + 644), 61)]
+
+
 def test_times_are_of_a_machine_that_is_known_and_large_enough(decoding):
     slow = sum(one.seconds(DIES, 16) * count for one, count in decoding.traffic.items())
     assert as_json(decoding, DIES)["step"]["estimated_seconds"] == pytest.approx(slow)

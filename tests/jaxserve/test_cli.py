@@ -114,6 +114,15 @@ def test_info_cuts_nothing_on_a_narrow_terminal_and_shows_a_folder_by_its_name(t
         assert f"  {number}\n" in result.stdout
 
 
+def test_latents_in_int8_are_an_option_of_what_generates_describes_and_plans():
+    commands = ("info",), ("plan",), ("generate", "def f(x):", "--max-tokens", "2", "--max-model-len", "64")
+    shown = [run(*command, "--kv-cache-dtype", "int8") for command in commands]
+    assert [result.returncode for result in shown] == [0, 0, 0]
+    assert "700 B" in shown[0].stdout  # of a token, in seven layers: 64 codes, their scale, 16 keys of 16 bits
+    assert "memory of a rank, in bfloat16, latents in INT8" in shown[1].stdout
+    assert "tokens/s" in shown[2].stderr
+
+
 # -- eval --
 
 
@@ -158,6 +167,7 @@ def test_eval_refuses_what_was_kept_of_other_items_before_it_loads_a_model(tmp_p
         (("generate", "x", "--model", "[red]x"), "[red]x is no folder here"),
         (("generate", "x", "--temperature", "-1"), "temperature = -1.0: it must be"),
         (("generate", "x", "--max-model-len", "1"), "max_model_len = 1: it must be"),
+        (("generate", "x", "--kv-cache-dtype", "fp8"), "Invalid value for '--kv-cache-dtype'"),
         (("generate", "x", "--max-token", "3"), "No such option: --max-token"),
         (("generate", "x", "--seed", "y"), "Invalid value for '--seed'"),
         (("generate",), "Missing argument 'prompt'; --help lists what there is"),

@@ -24,6 +24,7 @@ WRONG = {
     "page_size": [*WHOLE, 0, None],
     "num_pages": [*WHOLE, 0],
     "cache_bytes": [*WHOLE, 0, None],
+    "kv_cache_dtype": ["int4", "INT8", None, 8],
     "num_speculative_tokens": [*WHOLE, 9],
     "speculation_entropy": ["1", True, -0.5, float("nan"), None],
     "speculation_max_seqs": [*WHOLE, None],

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from jaxserve.engine import Engine
+from jaxserve.options import CacheDtype
 from jaxserve.programs import Tiles
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler import Plan
@@ -35,10 +36,10 @@ def prompts(name: str) -> list[tuple[int, ...]]:
 
 
 @functools.cache
-def expected(name: str, sampled: bool) -> list[list[int]]:
+def expected(name: str, sampled: bool, kv_cache_dtype: CacheDtype = "auto") -> list[list[int]]:
     """What the oracle says."""
     *_, config, weights = loaded(name)
-    how = SAMPLED if sampled else GREEDY
+    config, how = config | {"kv_cache_dtype": kv_cache_dtype}, SAMPLED if sampled else GREEDY
     return [generate(config, weights, prompt, max_tokens=NEW, **how) for prompt in prompts(name)]
 
 
@@ -81,7 +82,7 @@ def check(subject: Engine, name: str, sampled: bool, chunked: bool, hit: bool, t
                 scheduler.pool.clear()
         with noting_plans(subject, launched):
             found += run(subject, [requests[i] for i in some], preempted)
-        wanted += [expected(name, sampled)[i] for i in some]
+        wanted += [expected(name, sampled, subject.options.kv_cache_dtype)[i] for i in some]
     assert found == wanted
     after = sums(subject)
     assert (after.preemptions > before[0].preemptions) == preempted

@@ -86,13 +86,17 @@ def batch_of(
 
 
 def not_written_yet(pages: Any, rows: Any, batch: Batch) -> Fresh:
-    """What the tiles' own rows would be written into; there and after it, pages hold what is no number."""
+    """What the tiles' own rows would be written into; there and after it, pages hold what is no number, or -128."""
     table, b = np.asarray(batch.pages_sp), jax.tree.leaves(pages)[0].shape[1]
     old = np.zeros((jax.tree.leaves(pages)[0].shape[0], b), bool)
     for slot, start in zip(np.asarray(batch.slots_a), np.asarray(batch.positions_t)[:: batch.tile], strict=True):
         places = np.arange(max(start, 0))
         old[table[slot, places // b], places % b] = True
-    hide = lambda page: jnp.where(old.reshape(*old.shape, *(1,) * (page.ndim - 2)), page, jnp.nan)  # noqa: E731
+
+    def hide(page):
+        nothing = jnp.nan if jnp.issubdtype(page.dtype, jnp.floating) else -128
+        return jnp.where(old.reshape(*old.shape, *(1,) * (page.ndim - 2)), page, nothing)
+
     return Fresh(jax.tree.map(hide, pages), rows)
 
 

@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.layers.config import Config
 from jaxserve.layers.packed import Packed, forward_packed
 from jaxserve.layers.spread import in_order, spread
-from jaxserve.layers.transformer import forward
+from jaxserve.layers.transformer import cache_params, forward
 from jaxserve.parallel.mesh import AXES, make_mesh
 from jaxserve.parallel.ranks import Ranks
 from jaxserve.parallel.sharding import DECODE, PREFILL, Rules
-from tests.layers.helpers import batch_of, empty_cache, page_table, random_model, random_tokens
-from tests.parallel.conftest import collectives, kinds
+from tests.layers.helpers import batch_of, empty, empty_cache, page_table, random_model, random_tokens
+from tests.parallel.conftest import Collective, collectives, kinds
 from tests.tolerances import MODEL, assert_close
 
 TILE, PAGE, SLOTS, PAGES = 4, 8, 2, 5  # a sequence has up to five pages, a rank two sequences
@@ -156,17 +156,19 @@ def check_cache(cache, expected, chunks: list[Chunk]) -> None:
         assert np.count_nonzero(ranks.any(axis=-1)) == written
 
 
-@pytest.mark.parametrize(("past", "reductions"), [(0, 0), (8, 1)])
-def test_a_layer_has_one_gather_one_exchange_of_heads_and_two_of_experts(past, reductions):
-    """And only where there is a past one sum more."""
+@pytest.mark.parametrize(("past", "reductions", "int8"), [(0, 0, False), (8, 1, False), (8, 1, True)])
+def test_a_layer_has_one_gather_one_exchange_of_heads_and_two_of_experts(past, reductions, int8):
+    """And only where there is a past one sum more. What is gathered of latents has as many bytes as in the cache."""
     cfg = Config.tiny("deepseek_v3")
     _, placed, run = spread_model(cfg, make_mesh(2, 4), FLAT)
     prompts = [np.zeros(length, np.int32) for length in LENGTHS]
-    given = placed, pack(prompts, [[]], tiles=24, past=past), empty_cache(cfg, 8 * SLOTS * PAGES, PAGE)
+    cache = cache_params(cfg, 8 * SLOTS * PAGES, PAGE, int8=int8)
+    given = placed, pack(prompts, [[]], tiles=24, past=past), empty(cache)
     compiled = run.lower(*given).compile()
     layers, experts = cfg.layers, sum(cfg.is_moe)
     expected = {"all-gather": layers, "all-to-all": layers + 2 * experts, "all-reduce": layers * reductions}
     assert kinds(compiled) == {kind: count for kind, count in expected.items() if count}
     gathered = [one for one in collectives(compiled) if one.kind == "all-gather"]
     att = cfg.attention
-    assert {one.values for one in gathered} == {24 * TILE * (att.query_rank + att.kv_rank + att.rope_dim)}
+    kept = att.kv_rank + 4 + 2 * att.rope_dim if int8 else 4 * (att.kv_rank + att.rope_dim)
+    assert set(gathered) == {Collective("all-gather", "u8", 24 * TILE * (4 * att.query_rank + kept))}

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Array = np.ndarray
@@ -144,6 +145,12 @@ def softmax_scale(config: Config) -> float:
     return scale * yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
 
 
+def rounded_to_int8(x: Array) -> Array:
+    """Rows as whole multiples of a 127th of their largest magnitude, half to even."""
+    step = np.abs(x).max(axis=-1, keepdims=True) / 127
+    return np.round(x / np.where(step, step, 1)) * step
+
+
 def mla(config: Config, weights: Weights, prefix: str, x: Array) -> Array:
     """Multi-head latent attention, keys and values expanded (DeepSeek-V2, arXiv:2405.04434, section 2.1 and app. C)."""
     tokens, heads, n, r = len(x), config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
@@ -159,10 +166,12 @@ def mla(config: Config, weights: Weights, prefix: str, x: Array) -> Array:
         q = linear(weights, f"{prefix}.q_proj", x).reshape(tokens, heads, n + r)
     compressed = linear(weights, f"{prefix}.kv_a_proj_with_mqa", x)
     c = rms_norm(compressed[:, :latent], weights[f"{prefix}.kv_a_layernorm.weight"], LATENT_EPS)
+    k_rope = rotate(compressed[:, None, latent:], positions, inv_freq, factor)
+    if config.get("kv_cache_dtype") == "int8":
+        c, k_rope = rounded_to_int8(c), k_rope.astype(ml_dtypes.bfloat16).astype(np.float64)
     kv = linear(weights, f"{prefix}.kv_b_proj", c).reshape(tokens, heads, n + config["v_head_dim"])
 
-    q_rope = rotate(q[..., n:], positions, inv_freq, factor)
-    k_rope = rotate(compressed[:, None, latent:], positions, inv_freq, factor).repeat(heads, axis=1)
+    q_rope, k_rope = rotate(q[..., n:], positions, inv_freq, factor), k_rope.repeat(heads, axis=1)
     q, k = np.concatenate([q[..., :n], q_rope], axis=-1), np.concatenate([kv[..., :n], k_rope], axis=-1)
     out = causal_attention(q, k, kv[..., n:], softmax_scale(config))
     return linear(weights, f"{prefix}.o_proj", out.reshape(tokens, -1))

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxserve.parallel.dispatch import buffer_bytes, capacity, combine, dispatch, message_bytes, rank_in_group
+from jaxserve.parallel.dispatch import (
+    buffer_bytes,
+    capacity,
+    combine,
+    dispatch,
+    message_bytes,
+    pack,
+    rank_in_group,
+    unpack,
+)
 from jaxserve.parallel.mesh import AXES, make_mesh
 from jaxserve.parallel.qarray import dequantize
 from jaxserve.parallel.ranks import Ranks
@@ -169,6 +178,22 @@ def test_no_routing_compiles_anything_anew():
             mapped(x_td, slots_tk, weights_tk, w_xdd), loop(x_td, slots_tk, weights_tk, w_xdd), atol=1e-5
         )
     assert len(traced) == 1
+
+
+def test_arrays_of_several_dtypes_are_one_message_of_their_bytes():
+    rng = np.random.default_rng(6)
+    wide = jnp.asarray(rng.normal(size=(5, 2, 3)), jnp.bfloat16)
+    tree = {
+        "codes": jnp.asarray(rng.integers(-127, 128, (5, 7)), jnp.int8),
+        "scale": jnp.full((5, 1), -0.0),
+        "wide": wide,
+    }
+    message = pack(tree)
+    assert (message.shape, message.dtype) == ((5, 7 + 4 + 12), jnp.uint8)
+    found = unpack(jnp.concatenate([message, message[:2]]), tree)
+    for name, array in tree.items():
+        assert found[name].dtype == array.dtype
+        assert np.asarray(found[name]).tobytes() == np.concatenate([array, array[:2]]).tobytes()
 
 
 def test_members_of_a_group_are_numbered_in_order():
