@@ -131,8 +131,8 @@ def granularity(model: Model, cfg: Config, tokens: np.ndarray) -> dict[tuple[str
 @partial(jax.jit, static_argnames="cfg")
 def log_probabilities(model: Model, tokens_st: jax.Array, cfg: Config) -> jax.Array:
     """Of each next token, for whole sequences."""
-    batch = whole(tokens_st)
-    out = forward(model, batch, zeros(cache_params(cfg, *tokens_st.shape)), cfg)
+    s, t = tokens_st.shape
+    out = forward(model, whole(tokens_st), zeros(cache_params(cfg, s, t)), cfg)
     return jax.nn.log_softmax(logits(model, out.hidden_td))
 
 

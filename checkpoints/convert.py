@@ -52,13 +52,13 @@ class Work(NamedTuple):
         return self.out / UNFINISHED
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Layers and MTP modules."""
         return self.checkpoint.cfg.layers + self.checkpoint.cfg.mtp_layers
 
     def shard(self, number: int) -> str:
         """The file of a layer; that of what is in no layer comes last."""
-        return f"model-{number + 1:05}-of-{self.count + 1:05}.safetensors"
+        return f"model-{number + 1:05}-of-{self.total + 1:05}.safetensors"
 
 
 def convert(
@@ -74,10 +74,10 @@ def convert(
     params = model_params(checkpoint.cfg, jnp.dtype(kind), biases=parts.compensation)
     work = Work(checkpoint, params, sources(checkpoint.cfg, params), out, _plan(source, tokens_st, parts))
     begun = _begin(work)
-    show(begun.done if begun else 0, work.count)
+    show(begun.done if begun else 0, work.total)
     for each in calibrate(checkpoint.read, checkpoint.cfg, tokens_st, parts, begun):
         _keep(work, each)
-        show(each.number + 1, work.count)
+        show(each.number + 1, work.total)
     return _finish(work, source)
 
 
@@ -161,13 +161,13 @@ def _finish(work: Work, source: Path) -> list[LayerReport]:
     rest = lambda model: model._replace(layers=(), mtp=())  # noqa: E731
     floats = _in_dtype(rest(work.params), work.checkpoint.read(rest))
     tensors = to_tensors(rest(work.table), floats)
-    _write(work.out / work.shard(work.count), partial(save_file, tensors, metadata={"format": "pt"}))
+    _write(work.out / work.shard(work.total), partial(save_file, tensors, metadata={"format": "pt"}))
     biases = {}
-    for number in range(work.count):
+    for number in range(work.total):
         biases |= load_file(work.unfinished / f"biases-{number}.safetensors")
     if biases:
         _write(work.out / COMPENSATION, partial(save_file, biases))
-    reports = [_report(work.unfinished / f"report-{number}.json") for number in range(work.count)]
+    reports = [_report(work.unfinished / f"report-{number}.json") for number in range(work.total)]
     steps = [{**report._asdict(), "steps": _as_json(report)} for report in reports]
     _write_json(work.out / REPORT, {**work.plan, "layers": steps})
     _describe(work, source)
@@ -177,7 +177,7 @@ def _finish(work: Work, source: Path) -> list[LayerReport]:
 
 def _describe(work: Work, source: Path) -> None:
     """Writes the index and the config, and copies the tokenizer and what else is no weights."""
-    shards = [work.out / work.shard(number) for number in range(work.count + 1)]
+    shards = [work.out / work.shard(number) for number in range(work.total + 1)]
     places = {name: path.name for path in shards for name in open_file(path)}
     _write_json(work.out / INDEX, {"metadata": {}, "weight_map": places})
     for path in source.iterdir():

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.embedded import corpus, ngram
 from jaxserve.checkpoints.hub import EMBEDDED
-from jaxserve.layers.batch import Batch
+from jaxserve.layers.batch import whole
 from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import draft
 from jaxserve.layers.transformer import Model, cache_params, forward, logits
@@ -96,16 +96,10 @@ def windows(ids: np.ndarray, begin: int) -> list[Window]:
     return cut
 
 
-def contiguous(tokens_st: Int[Array, "s t"]) -> Batch:
-    """Whole sequences from their first token on, in a cache of one page a sequence."""
-    s, t = tokens_st.shape
-    return Batch(tokens_st.reshape(-1), jnp.tile(jnp.arange(t), s), jnp.arange(s), jnp.arange(s)[:, None])
-
-
 def score(model: Model, tokens_st: Int[Array, "s t"], cfg: Config, int8_cache: bool = False) -> Score:
     """Runs whole windows through the model and its MTP module; attention reads what a cache keeps of latents."""
     s, t = tokens_st.shape[0], tokens_st.shape[1] - 1
-    batch, following = contiguous(tokens_st[:, :-1]), tokens_st[:, 1:].reshape(-1)
+    batch, following = whole(tokens_st[:, :-1]), tokens_st[:, 1:].reshape(-1)
     out = forward(model, batch, zeros(cache_params(cfg, s, t, int8=int8_cache)), cfg)
     ahead = draft(model, model.mtp[0], out.hidden_td, batch._replace(tokens_t=following), out.cache[-1], cfg)
     scores_tu = logits(model, out.hidden_td)

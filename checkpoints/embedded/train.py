@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tokenizers import Tokenizer
 
 from jaxserve.checkpoints.embedded import corpus
-from jaxserve.checkpoints.embedded.evaluate import contiguous
+from jaxserve.layers.batch import whole
 from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import draft
 from jaxserve.layers.transformer import Model, cache_params, forward, logits, model_params
@@ -97,8 +97,8 @@ class Losses(NamedTuple):
 def losses(model: Model, tokens_st: Int[Array, "s t"], cfg: Config) -> Losses:
     """Every position predicts the next token, and through the MTP module the one after it."""
     inputs, following, after = tokens_st[:, :-2], tokens_st[:, 1:-1].reshape(-1), tokens_st[:, 2:].reshape(-1)
-    batch = contiguous(inputs)
-    cache = zeros(cache_params(cfg, *inputs.shape))
+    (s, t), batch = inputs.shape, whole(inputs)
+    cache = zeros(cache_params(cfg, s, t))
     out = forward(model, batch, cache, cfg)
     ahead = draft(model, model.mtp[0], out.hidden_td, batch._replace(tokens_t=following), cache[-1], cfg)
     entropy = optax.softmax_cross_entropy_with_integer_labels
