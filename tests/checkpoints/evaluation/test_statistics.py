@@ -84,9 +84,10 @@ def test_a_difference_of_shares_has_agresti_and_min_s_interval(gained, lost):
     modules, weights = [str(i) for i in range(200)], [1.0] * 200
     got = share_difference(Parts(modules, one, weights), Parts(modules, other, weights))
     middle = (gained - lost) / 202
-    half = 1.959964 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / 202) / 202
+    variance = (gained + lost + 1 - (gained - lost) ** 2 / 202) / 202**2
+    half = 1.959964 * math.sqrt(variance * 202 / 201)  # theirs divides by all, not by one less
     assert got.value == pytest.approx((gained - lost) / 200)
-    assert got[1:] == pytest.approx((middle - half, middle + half), rel=0.01)
+    assert got[1:] == pytest.approx((middle - half, middle + half))
 
 
 def test_of_a_single_module_nothing_is_known():
