@@ -51,7 +51,7 @@ def calibration_text(
     if documents is None:
         documents = [module.text for module in corpus.split(corpus.modules())[0]]
     order, wanted, found = np.random.default_rng(0).permutation(len(documents)), sequences * (length + 1), []
-    for i in order.tolist():
+    for i in map(int, order):
         found += encode(documents[i])
         if len(found) >= wanted:
             return np.array(found[:wanted], np.int32).reshape(sequences, length + 1)
