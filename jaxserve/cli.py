@@ -263,20 +263,21 @@ def info(
 ) -> None:
     """Shows a model's architecture, parameters and memory.
 
-    Parameters by part, and the memory of weights and cache. Reads config.json alone: the weights need not be there.
+    Parameters by part, and the memory of weights and cache. Reads no weights, they need not be there: config.json, and
+    of files that are there the headers, which say what is INT8.
     """
     from jaxserve.checkpoints.hf import read_json
     from jaxserve.checkpoints.hub import locate
     from jaxserve.describe import architecture, memory, parts
     from jaxserve.layers.config import Config
-    from jaxserve.llm import resolve_dtype
+    from jaxserve.llm import describe_weights, resolve_dtype
 
     folder = locate(model, wanted=("config.json",))
     raw = read_json(folder)
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
     _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")
     _print_table("parameters", parts(cfg), "right")
-    _print_table(f"memory in {kind}", memory(cfg, kind, kv_cache_dtype=kv_cache_dtype), "right")
+    _print_table(f"memory in {kind}", memory(cfg, kind, describe_weights(folder, raw, cfg, kind), kv_cache_dtype), "right")
 
 
 @app.command()

@@ -19,12 +19,15 @@ from jax.sharding import Mesh
 
 from jaxserve import options as sizes
 from jaxserve.checkpoints import hf, store
+from jaxserve.checkpoints.formats import find_format
 from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache
 from jaxserve.engine import Engine
 from jaxserve.footprint import check_room
 from jaxserve.layers.config import Config
+from jaxserve.layers.int8 import in_int8
 from jaxserve.layers.spread import in_order, spread
+from jaxserve.layers.transformer import Model, model_params
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError, ShardingError
 from jaxserve.parallel.mesh import find_shape, make_mesh
@@ -287,6 +290,15 @@ def _is_token(value: Any) -> bool:
 def open_checkpoint(folder: Path) -> hf.Checkpoint | store.Store:
     """A folder that `checkpoints.store` saved, or a Hugging Face checkpoint."""
     return store.open_store(folder) if store.is_store(folder) else hf.open_checkpoint(folder)
+
+
+def describe_weights(folder: Path, raw: Mapping[str, Any], cfg: Config, dtype: Any) -> Model:
+    """The tree of `Param` of a folder's weights: by the files' headers, without them by what is announced."""
+    try:
+        return open_checkpoint(folder).params(dtype)
+    except CheckpointError:  # they are not there, or not all
+        params = model_params(cfg, dtype)
+        return in_int8(params) if find_format(raw, folder).codes == "I8" else params
 
 
 def check_vocabulary(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:

@@ -63,8 +63,8 @@ def _sum_blocks(spec: str, x: QArray, w: QArray, count: int) -> jax.Array:
         total, term = carry
         return total + term, _scaled(spec, block(x, i), block(w, i))
 
-    first = _scaled(spec, block(x, 0), block(w, 0))
-    total, last = jax.lax.fori_loop(1, count, step, (jnp.zeros_like(first), first))
+    nothing = jnp.zeros(jax.eval_shape(lambda: _scaled(spec, block(x, 0), block(w, 0))).shape)
+    total, last = jax.lax.fori_loop(0, count, step, (nothing, nothing))
     return total + last
 
 

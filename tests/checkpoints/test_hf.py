@@ -390,6 +390,14 @@ def test_matrices_are_rounded_while_they_are_read_as_they_are_afterwards(write_f
         assert rounded.layers[1].ffn.experts.w_up.scale.addressable_shards[0].data.shape[0] == 1
 
 
+def test_never_more_than_one_matrix_is_float_while_they_are_rounded(write_folder, v3):
+    """When one is in place, so are the bytes that progress tells, and no others."""
+    folder, before, alive = write_folder(*v3), sum(array.nbytes for array in jax.live_arrays()), []
+    count = lambda done, _: alive.append(sum(array.nbytes for array in jax.live_arrays()) - before - done)  # noqa: E731
+    hf.load(folder, int8=True, progress=count)
+    assert len(alive) > 40 and max(alive) < 256  # a few constants
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_int8_model_is_written_for_other_engines_and_comes_back(tmp_path, family):
     raw = raw_config(family, num_hidden_layers=2)

@@ -6,6 +6,8 @@ from jaxserve import LLM, RequestError, footprint
 from jaxserve.describe import human
 from jaxserve.footprint import check_room, device_bytes
 from jaxserve.layers.config import Config
+from jaxserve.layers.int8 import in_int8
+from jaxserve.layers.transformer import model_params
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.mesh import make_mesh
@@ -45,6 +47,16 @@ def test_what_fits_is_served_and_a_byte_less_is_refused_with_the_options_that_he
     check_room(CFG, options, np.float32, make_mesh(2, 4))
 
 
+def test_weights_in_int8_need_less(device_of):
+    params = in_int8(model_params(CFG))
+    device_of(need(EngineConfig()).total - 1)
+    with pytest.raises(RequestError):
+        check_room(CFG, EngineConfig(), np.float32, None)
+    check_room(CFG, EngineConfig(), np.float32, None, params)
+    found = footprint.footprint(describe(CFG, EngineConfig(), np.float32, None, params))
+    assert found.weights == sum(param.nbytes for param in jax.tree.leaves(params))
+
+
 def test_weights_that_do_not_fit_alone_ask_for_another_mesh_or_dtype(device_of):
     device_of(need(EngineConfig()).weights - 1)
     with pytest.raises(ShardingError, match="the weights alone do not fit. Take a larger mesh, .* fewer bits"):
@@ -56,7 +68,7 @@ def test_weights_that_do_not_fit_alone_ask_for_another_mesh_or_dtype(device_of):
 
 @pytest.mark.parametrize("mesh", [None, "2x4"])
 def test_a_model_that_does_not_fit_is_not_loaded(tiny_folder, monkeypatch, device_of, mesh):
-    monkeypatch.setattr("jaxserve.checkpoints.hf.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("jaxserve.checkpoints.hf.Checkpoint.read", lambda *_, **__: pytest.fail("weights were read"))
     device_of(1 << 20)
     with pytest.raises(RequestError, match="each device needs .* and has 1 MiB"):
         LLM(tiny_folder, mesh=mesh)

@@ -44,7 +44,7 @@ def unloaded(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("weights are loaded")
 
-    monkeypatch.setattr(hf, "load", fail)
+    monkeypatch.setattr(hf, "open_checkpoint", fail)
 
 
 def plain_folder(tmp_path):
