@@ -96,26 +96,26 @@ def find_format(raw: Mapping[str, Any], folder: Path) -> Format:
         return _model_slim(path)
     if not quantization:
         return Format()
-    method = quantization.get("quant_method")
+    method = _object(quantization, "").get("quant_method")
     readers = {"compressed-tensors": _compressed_tensors, "w8a8_int8": _per_channel} | dict.fromkeys(
         ("blockwise_int8", "fp8"), _per_block
     )
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise _unsupported("quant_method", method, readers)
     return readers[method](quantization, raw.get("num_hidden_layers", 0))
 
 
 def _compressed_tensors(quantization: dict[str, Any], layers: int) -> Format:
     _only(quantization, "", _COMPRESSED | {"quant_method": ("compressed-tensors",), "version": None})
-    groups, ignored = quantization.get("config_groups") or {}, quantization.get("ignore") or []
+    groups, ignored = quantization.get("config_groups") or {}, _patterns(quantization, "ignore")
     if not groups:
         raise ConfigError("quantization_config of 'compressed-tensors' without config_groups is not supported")
-    for name, group in groups.items():
+    for name, group in _object(groups, "config_groups").items():
         at = f"config_groups.{name}."
         _only(group, at, _GROUP)
         _only(group.get("weights") or {}, f"{at}weights.", _ROWS)
         _only(group.get("input_activations") or {}, f"{at}input_activations.", _TOKENS)
-    targets = [target for group in groups.values() for target in group.get("targets") or []]
+    targets = [target for group in groups.values() for target in _patterns(group, "targets")]
 
     def announced(module: str) -> bool | None:
         if _listed(module, ignored):
@@ -132,7 +132,7 @@ def _compressed_tensors(quantization: dict[str, Any], layers: int) -> Format:
 def _per_channel(quantization: dict[str, Any], layers: int) -> Format:
     keys = {"quant_method": None, "activation_scheme": (None, "dynamic"), "is_dynamic": (None, True)}
     _only(quantization, "", keys | {"ignore": None, "packed_modules_mapping": None})
-    skipped = quantization.get("ignore") or []
+    skipped = _patterns(quantization, "ignore")
     announced = lambda module: False if _listed(module, skipped, within=True) else None  # noqa: E731
     return Format("w8a8_int8", "I8", "_scale", announced=announced)
 
@@ -148,7 +148,7 @@ def _per_block(quantization: dict[str, Any], layers: int) -> Format:
         return FP8
     keys = {"quant_method": None, "weight_block_size": None, "activation_scheme": (None, "dynamic")}
     _only(quantization, "", keys | {"ignored_layers": None, "modules_to_not_convert": None})
-    skipped = [*(quantization.get("ignored_layers") or []), *(quantization.get("modules_to_not_convert") or [])]
+    skipped = _patterns(quantization, "ignored_layers") + _patterns(quantization, "modules_to_not_convert")
     announced = lambda module: False if _listed(module, skipped, within=True) else None  # noqa: E731
     return Format(method, "I8", block=BLOCK, announced=announced)
 
@@ -201,14 +201,28 @@ _ROWS = _EITHER | {"strategy": ("channel",), "dynamic": (None, False)}
 _TOKENS = _EITHER | {"strategy": ("token",), "dynamic": (True,)}
 
 
-def _only(found: Mapping[str, Any], at: str, known: Mapping[str, Any]) -> None:
+def _only(found: Any, at: str, known: Mapping[str, Any]) -> None:
     """Raises ConfigError for a key that is not known, or of another value than one of those it may have."""
-    for key, value in found.items():
+    for key, value in _object(found, at).items():
         if key not in known:
             raise ConfigError(f"quantization_config.{at}{key} = {value!r} is not supported; remove it if it is idle")
     for key, values in known.items():
         if values is not None and found.get(key) not in values:
             raise _unsupported(f"{at}{key}", found.get(key), values)
+
+
+def _object(found: Any, at: str) -> Mapping[str, Any]:
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"quantization_config {at} = {found!r}: it must be an object of keys")
+    return found
+
+
+def _patterns(found: Mapping[str, Any], key: str) -> list[str]:
+    """Names of modules, or expressions."""
+    patterns = found.get(key) or []
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"quantization_config: {key} = {patterns!r} must be a list of names")
+    return patterns
 
 
 def _unsupported(key: str, value: Any, known: Iterable[Any]) -> ConfigError:

@@ -266,13 +266,14 @@ def info(
     Parameters by part, and the memory of weights and cache. Reads no weights, they need not be there: config.json, and
     of files that are there the headers, which say what is INT8.
     """
+    from jaxserve.checkpoints.formats import DESCRIPTION
     from jaxserve.checkpoints.hf import read_json
     from jaxserve.checkpoints.hub import locate
     from jaxserve.describe import architecture, memory, parts
     from jaxserve.layers.config import Config
     from jaxserve.llm import describe_weights, resolve_dtype
 
-    folder = locate(model, wanted=("config.json",))
+    folder = locate(model, wanted=("config.json", DESCRIPTION))
     raw = read_json(folder)
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
     _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")

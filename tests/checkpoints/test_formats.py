@@ -21,7 +21,6 @@ from jaxserve.layers.int8 import in_int8, is_quantized, quantize_model
 from jaxserve.layers.transformer import Model, model_params
 from jaxserve.parallel.errors import CheckpointError, ConfigError
 from jaxserve.parallel.qarray import dequantize
-from jaxserve.parallel.sharding import quantized
 from tests.checkpoints.conftest import WriteFolder
 from tests.checkpoints.int8_formats import MAKERS, Published, by_rows, compressed_tensors, model_slim, w8a8_int8
 from tests.checkpoints.test_hf import EXPERTS_SPLIT, GATE, MTP, QUERY, assert_same, mesh
@@ -190,6 +189,8 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...], Any]] = {
     "rotated": (compressed_tensors, ("transform_config",), {"config_groups": {}}),
     "no groups": (compressed_tensors, ("config_groups",), {}),
     "pattern": (compressed_tensors, ("ignore",), ["re:("]),
+    "no list": (compressed_tensors, ("ignore",), "lm_head"),
+    "no object": (compressed_tensors, GROUP, ["Linear"]),
     "unknown": (w8a8_int8, ("bits",), 4),
     "static rows": (w8a8_int8, ("activation_scheme",), "static"),
 }  # fmt: skip
@@ -256,18 +257,6 @@ def test_the_written_config_can_be_made_of_descriptions_alone(v3):
     model = quantize_model(random_model(cfg, np.random.default_rng(0)), in_int8(params))
     table = sources(cfg, params)
     assert quantization_config(table, in_int8(params)) == quantization_config(table, model)
-
-
-def test_scales_of_blocks_and_a_tensor_of_two_kinds_are_not_written(tmp_path, v3):
-    raw, cfg = v3[0], Config.from_hf(v3[0])
-    model = random_model(cfg, np.random.default_rng(0))
-    attn = model.layers[0].attn
-    rounded = quantize_model(attn.w_dkv, quantized(model_params(cfg).layers[0].attn.w_dkv))
-    blocks = rounded._replace(scale=jnp.tile(rounded.scale, (1, 2)))
-    for w, message in ((rounded, "kv_a_proj_with_mqa.weight would be"), (blocks, "kv_a_proj_with_mqa.* blocks of its")):
-        layer = model.layers[0]._replace(attn=attn._replace(w_dkv=w))
-        with pytest.raises(CheckpointError, match=message):
-            hf.save(tmp_path, model._replace(layers=(layer, *model.layers[1:])), cfg, raw)
 
 
 def test_an_mtp_module_in_int8_is_read_too(write_folder, v3_int8):

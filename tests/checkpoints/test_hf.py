@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.safetensors import Tensor, open_folder
-from jaxserve.checkpoints.sources import sources, to_tensors
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import in_int8, quantize_model
 from jaxserve.layers.transformer import model_params
@@ -364,17 +363,6 @@ def test_a_part_of_the_model_is_read_alone_as_it_is_among_all(write_folder, v3, 
     jax.tree.map(np.testing.assert_array_equal, found, PARTS[part](model))
     described = jax.tree.map(lambda p: (p.shape, p.dtype), PARTS[part](checkpoint.params(jnp.bfloat16, int8)))
     assert described == jax.tree.map(lambda w: (w.shape, w.dtype), found)
-
-
-def test_parts_are_written_as_the_whole_is(tmp_path, v3):
-    raw, tensors = v3
-    cfg = Config.from_hf(raw)
-    model = random_model(cfg, np.random.default_rng(0))
-    table = sources(cfg, model_params(cfg))
-    parts = [(table.embed, table.norm, table.head), *table.layers, *table.mtp]
-    weights = [(model.embed, model.norm, model.head), *model.layers, *model.mtp]
-    written = [to_tensors(*both) for both in zip(parts, weights, strict=True)]
-    assert_same({name: w for part in written for name, w in part.items()}, tensors)
 
 
 @pytest.mark.parametrize("split", [False, True])
