@@ -278,7 +278,9 @@ def info(
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
     _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")
     _print_table("parameters", parts(cfg), "right")
-    _print_table(f"memory in {kind}", memory(cfg, kind, describe_weights(folder, raw, cfg, kind), kv_cache_dtype), "right")
+    _print_table(
+        f"memory in {kind}", memory(cfg, kind, describe_weights(folder, raw, cfg, kind), kv_cache_dtype), "right"
+    )
 
 
 @app.command()
