@@ -5,8 +5,7 @@
 """
 
 import statistics
-from dataclasses import replace
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import jax
 import typer
@@ -38,8 +37,8 @@ def models() -> dict[str, tuple[Config, Model]]:
 def engines(cfg: Config, model: Model, longest: int) -> dict[str, Engine]:
     """One for each kind of cache."""
     tokenizer = Tokenizer.from_folder(EMBEDDED)
-    options = EngineConfig(max_num_seqs=BATCH, max_model_len=longest, num_speculative_tokens=0, warmup=False)
-    make = lambda kind: replace(options, kv_cache_dtype=kind)  # noqa: E731
+    size: dict[str, Any] = {"max_num_seqs": BATCH, "max_model_len": longest, "num_speculative_tokens": 0}
+    make = lambda kind: EngineConfig(**size, kv_cache_dtype=kind, warmup=False)  # noqa: E731
     return {kind: Engine(model, cfg, tokenizer, make(kind)) for kind in get_args(CacheDtype)}
 
 

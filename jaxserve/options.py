@@ -135,7 +135,7 @@ def cache_of(cfg: Config, options: EngineConfig, pages: int, dtype: Any) -> tupl
         raise RequestError(
             "kv_cache_dtype = 'int8': the model's attention is grouped-query and has no latents; it must be 'auto'"
         )
-    return cache_params(cfg, pages, options.page_size, dtype, int8)
+    return cache_params(cfg, pages, options.page_size, dtype, int8=int8)
 
 
 def num_pages(cfg: Config, options: EngineConfig, dtype: Any) -> int:

@@ -102,7 +102,7 @@ def has_biases(model: Model) -> bool:
 
 
 def cache_params(
-    cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32, int8: bool = False
+    cfg: Config, pages: int, page_size: int, dtype: Any = jnp.float32, *, int8: bool = False
 ) -> tuple[Any, ...]:
     """The tree of `Param` of the paged cache: one entry a layer, the MTP layers' last. `int8` is for latents alone."""
     att, size = cfg.attention, (pages, page_size, dtype)
