@@ -13,6 +13,11 @@ from jaxserve.parallel.qarray import QArray, quantize_rows
 BLOCK_TOKENS = 256
 """Cached tokens attended to at once: what bounds attention's working memory, whatever the context's length."""
 
+DECODE_BLOCK_TOKENS = 64
+"""Of tiles of DECODE_TILE tokens or fewer, on CPU: there a block takes as long as it is large, however little is seen
+of it. A device that waits for launches wants few large blocks."""
+DECODE_TILE = 9  # a token and eight guesses
+
 
 @runtime_checkable
 class Positions(Protocol):
@@ -112,7 +117,7 @@ def read_block(pages: Leaf, batch: Batch, i: Int[Array, ""] | int) -> tuple[Leaf
     in a page may be NaN, and 0 times NaN would not be 0.
     """
     b = jax.tree.leaves(pages)[0].shape[1]
-    per_block = max(1, BLOCK_TOKENS // b)
+    per_block = pages_of_block(b, batch.tile)
     columns = i * per_block + jnp.arange(per_block)
     ids_ap = jnp.take(batch.pages_sp, columns, axis=1, mode="fill", fill_value=0)[batch.slots_a]
     positions_j = (columns[:, None] * b + jnp.arange(b)[None]).reshape(-1)
@@ -150,10 +155,16 @@ def before(batch: Batch) -> Batch:
     return batch._replace(positions_t=before_aw.reshape(-1))
 
 
+def pages_of_block(page_size: int, tile: int) -> int:
+    """How many pages are attended to at once."""
+    short = tile <= DECODE_TILE and jax.default_backend() == "cpu"
+    return max(1, (min(DECODE_BLOCK_TOKENS, BLOCK_TOKENS) if short else BLOCK_TOKENS) // page_size)
+
+
 def num_blocks(pages: Leaf, batch: Batch) -> Int[Array, ""] | int:
     """How many blocks the longest sequence of the step fills; a Python number where one block holds any of them."""
     b = jax.tree.leaves(pages)[0].shape[1]
-    block = max(1, BLOCK_TOKENS // b) * b
+    block = pages_of_block(b, batch.tile) * b
     if batch.pages_sp.shape[1] * b <= block:
         return 1
     return jnp.max(batch.positions_t) // block + 1

@@ -73,7 +73,8 @@ def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     factors, out = spec.split("->")
     left, right = factors.split(",")
     if left[0] != "t":
-        return _einsum(spec, x, w)
+        few = x.shape[left.index("t")] <= FEW_ROWS if "t" in left else False
+        return _in_order(f"{right},{left}->{out.replace('t', '')}t", out, w, x) if few else _einsum(spec, x, w)
     found = _ordered(left, right, out, two_rows(x), w)
     return jax.lax.slice_in_dim(found, 0, x.shape[0], axis=out.index("t"))
 

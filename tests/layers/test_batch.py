@@ -102,14 +102,19 @@ def test_what_lies_beyond_the_table_is_unseen(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("page_size", "columns", "last", "blocks"),
-    [(64, 4, 255, 1), (64, 8, 255, 1), (64, 8, 256, 2), (300, 2, 299, 1), (300, 2, 300, 2), (7, 100, 252, 2)],
-)
-def test_as_many_blocks_are_read_as_the_longest_sequence_fills(page_size, columns, last, blocks):
-    batch = batch_of([np.zeros(1, np.int32)] * 2, page_table(2, columns), starts=[3, last])
+    ("tile", "page_size", "columns", "last", "blocks"),
+    [
+        (10, 64, 4, 255, 1), (10, 64, 8, 255, 1), (10, 64, 8, 256, 2),
+        (10, 300, 2, 299, 1), (10, 300, 2, 300, 2), (10, 7, 100, 252, 2),
+        (9, 64, 1, 63, 1), (9, 64, 4, 63, 1), (9, 64, 4, 64, 2),
+        (1, 300, 2, 299, 1), (1, 300, 2, 300, 2), (1, 7, 100, 252, 5),
+    ],
+)  # fmt: skip
+def test_as_many_blocks_are_read_as_the_longest_sequence_fills(tile, page_size, columns, last, blocks):
+    batch = batch_of([np.zeros(1, np.int32)] * 2, page_table(2, columns), starts=[3, last], tile=tile)
     count = paging.num_blocks(pages_of(2 * columns, page_size), batch)
     assert int(count) == blocks
-    assert isinstance(count, int) == (page_size * columns <= 256)
+    assert isinstance(count, int) == (columns * page_size <= max(page_size, 256 if tile == 10 else 64))
 
 
 def test_several_tiles_may_belong_to_one_sequence():

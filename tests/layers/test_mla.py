@@ -238,7 +238,7 @@ def test_memory_grows_with_a_block_and_not_with_the_context(monkeypatch, form):
 
 def test_decoding_never_expands_the_keys_of_a_block():
     layer, shapes = shapes_of_a_step(tile=1, context=4096)
-    per_key = [shape for shape in shapes if paging.BLOCK_TOKENS in shape]
+    per_key = [shape for shape in shapes if paging.DECODE_BLOCK_TOKENS in shape]
     assert per_key  # the block is there: its latents, rotated keys and logits
     largest = max(map(math.prod, per_key))
-    assert largest == paging.BLOCK_TOKENS * (layer.att.kv_rank + layer.att.rope_dim)
+    assert largest == paging.DECODE_BLOCK_TOKENS * (layer.att.kv_rank + layer.att.rope_dim)
