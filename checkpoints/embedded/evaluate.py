@@ -75,6 +75,7 @@ class Report(NamedTuple):
     held_out_bytes: int
     held_out_tokens: int
     bits_per_byte: float
+    perplexity: float  # of a token
     ngram_bits_per_byte: float
     better_than_ngram: float  # share by which the bits fall
     next_token_accuracy: float
@@ -124,6 +125,7 @@ def evaluate(
         held_out_bytes=size,
         held_out_tokens=sums.tokens,
         bits_per_byte=sums.bits / size,
+        perplexity=2 ** (sums.bits / sums.tokens),
         ngram_bits_per_byte=rival,
         better_than_ngram=1 - sums.bits / size / rival,
         next_token_accuracy=sums.right / sums.tokens,

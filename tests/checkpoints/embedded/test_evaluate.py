@@ -80,15 +80,24 @@ def test_the_total_is_the_sum_of_the_windows_and_is_told_as_it_grows(key, monkey
     assert calls == [(4, 6), (6, 6)]
 
 
-def test_the_command_prints_json_alone_and_shows_its_progress_on_standard_error(monkeypatch, capsys):
-    report = evaluate.Report(1, 2, 3, 4.0, 5.0, 0.2, 0.6, 0.7)
+def test_a_model_is_scored_with_the_cache_it_is_asked_for(key):
+    model, tokens_st = initialize(model_params(TINY), key), jax.random.randint(key, (2, 17), 1, 97)
+    score = jax.jit(evaluate.score, static_argnums=(2, 3))
+    exact, rounded = (score(model, tokens_st, TINY, int8).log2_t for int8 in (False, True))
+    assert 0 < np.abs(exact - rounded).max() < 0.1
 
-    def measured(model, cfg, tokenizer, show):
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_the_command_prints_json_alone_and_shows_its_progress_on_standard_error(monkeypatch, capsys, kv_cache_dtype):
+    report = evaluate.Report(1, 2, 3, 4.0, 11.0, 5.0, 0.2, 0.6, 0.7)
+
+    def measured(model, cfg, tokenizer, show, int8_cache):
         show(4, 4)
+        assert int8_cache == (kv_cache_dtype == "int8")
         return report
 
     monkeypatch.setattr(evaluate, "evaluate", measured)
-    evaluate.main()
+    evaluate.main(kv_cache_dtype=kv_cache_dtype)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == report._asdict()
     assert "scoring windows" in printed.err and "100%" in printed.err
