@@ -6,7 +6,8 @@
     ModelSlim           `quant_model_description.json`     name.weight_scale      a scale for each row
     fp8                 DeepSeek's (arXiv:2412.19437)      name.weight_scale_inv  a scale for 128 x 128 codes
 
-What a config says of activations must be what our products do: INT8, symmetric, rounded when they are there.
+What a config says of activations must be what our products do: INT8, symmetric, rounded when they are there. Only of
+ModelSlim may they be static (`W8A8`): ours are rounded with a scale of their own, and its scale is not needed.
 """
 
 import json
@@ -107,6 +108,9 @@ def find_format(raw: Mapping[str, Any], folder: Path) -> Format:
 
 def _compressed_tensors(quantization: dict[str, Any], layers: int) -> Format:
     _only(quantization, "", _COMPRESSED | {"quant_method": ("compressed-tensors",), "version": None})
+    sparsity = _object(quantization.get("sparsity_config") or {}, "sparsity_config").get("format", "dense")
+    if sparsity != "dense":
+        raise _unsupported("sparsity_config.format", sparsity, ("dense",))
     groups, ignored = quantization.get("config_groups") or {}, _patterns(quantization, "ignore")
     if not groups:
         raise ConfigError("quantization_config of 'compressed-tensors' without config_groups is not supported")
@@ -175,7 +179,7 @@ _COMPRESSED = {
     "ignore": None,
     "global_compression_ratio": None,
     "kv_cache_scheme": (None,),
-    "sparsity_config": (None, {}),
+    "sparsity_config": None,
     "transform_config": (None, {}),
 }
 _GROUP = {

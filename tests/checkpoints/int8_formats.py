@@ -85,6 +85,7 @@ def compressed_tensors(tensors: Weights) -> Published:
         "config_groups": {"group_0": group},
         "ignore": ["lm_head", "re:.*mlp.gate$"],
         "kv_cache_scheme": None,
+        "sparsity_config": {"format": "dense", "ignore": []},
         "quantization_status": "compressed",
         "global_compression_ratio": 1.5,
     }
