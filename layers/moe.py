@@ -146,10 +146,11 @@ def mix_experts(
 
     Tokens `[t, d]` may be quantized already, for experts that are too; the result's `dtype` must be given then.
 
-    "dense" runs every expert on every token, at once. "blocks" sorts tokens by expert and runs blocks of one expert
-    each, one after another: work in proportion to the tokens. None chooses by their cost.
+    "dense" runs every expert on every token, at once. "halves" gives each room for half of the tokens, and runs it on
+    its own; if one has more, it is "dense". "blocks" sorts tokens by expert and runs blocks of one expert each, one
+    after another: work in proportion to the tokens. None chooses by their cost.
     """
-    plans = {"dense": _mix_dense, "blocks": _mix_blocks}
+    plans = {"dense": _mix_dense, "halves": _mix_halves, "blocks": _mix_blocks}
     if implementation is None:
         implementation = _cheaper(*routing.experts_tk.shape, experts=p.w_gate.shape[0])
     if implementation not in plans:
@@ -198,7 +199,9 @@ def physical(experts_tk: Int[Array, "t k"], routes: Routes, ranks: Ranks, routed
 
 def _cheaper(t: int, k: int, experts: int) -> str:
     """Blocks read the experts that are visited; those of several rows three times: they copy the weights they use."""
-    return "dense" if t <= 32 and t * k >= 2 * experts else "blocks"
+    if t > 32 or t * k < 2 * experts:
+        return "blocks"
+    return "halves" if t >= 8 and 3 * k <= experts else "dense"  # then few have more than half of the tokens
 
 
 def _mix_dense(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
@@ -206,6 +209,22 @@ def _mix_dense(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
     y_etd = einsum("etf,edf->etd", jax.nn.silu(gate_etf) * up_etf, p.w_down)
     y_tkd = y_etd[routing.experts_tk, jnp.arange(x_td.shape[0])[:, None]]
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+
+
+def _mix_halves(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
+    (t, k), experts, flat = routing.experts_tk.shape, p.w_gate.shape[0], routing.experts_tk.reshape(-1)
+    place, load_e = rank_in_group(flat, experts)
+
+    def own_tokens() -> Array:
+        tokens_et = jnp.full((experts, max(1, t // 2)), t).at[flat, place].set(jnp.arange(t * k) // k, mode="drop")
+        x_etd = jax.tree.map(lambda part: jnp.take(part, tokens_et, axis=0, mode="fill", fill_value=0), x_td)
+        gate_etf, up_etf = (einsum("etd,efd->etf", x_etd, w, dtype) for w in (p.w_gate, p.w_up))
+        y_etd = einsum("etf,edf->etd", jax.nn.silu(gate_etf) * up_etf, p.w_down)
+        y_tkd = y_etd[flat, place].reshape(t, k, -1)
+        return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+
+    all_tokens = lambda: _mix_dense(p, x_td, routing, dtype)  # noqa: E731
+    return jax.lax.cond(load_e.max() <= t // 2, own_tokens, all_tokens)
 
 
 def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from jaxserve.checkpoints.folding import Range, hadamard, pairs, rescale, rotate, scales, search_scales, smooth
-from jaxserve.checkpoints.matrices import BLOCKS, inputs, matrices, output
+from jaxserve.checkpoints.matrices import BLOCKS, inputs, matrices, output, sample
 from jaxserve.checkpoints.rounding import product_error
-from jaxserve.layers.transformer import Layer
+from jaxserve.layers.batch import whole
+from jaxserve.layers.config import Config
+from jaxserve.layers.transformer import Layer, forward, logits
 from tests.checkpoints.calibration import ROWS, Passed, passed, planted
-from tests.layers.helpers import FAMILIES
+from tests.layers.helpers import FAMILIES, empty_cache, random_model
 from tests.tolerances import LAYER, OP, assert_close
 
 
@@ -45,6 +47,25 @@ def test_rotations_leave_the_function(family):
     changed = rotate(p.layer)
     assert differ(p.layer, changed)
     assert_same_function(p, changed)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2_lite", "qwen3_moe"])
+def test_all_transformations_of_all_layers_leave_the_models_logits(family):
+    cfg = Config.tiny(family)
+    model, tokens = random_model(cfg, np.random.default_rng(0)), np.arange(64, dtype=np.int32).reshape(4, 16) % 97
+    batch = whole(jnp.asarray(tokens))
+    states, cache, layers = model.embed[batch.tokens_t], empty_cache(cfg, 4, 16), []
+    for p in model.layers:
+        found = sample(p, states, batch, cache[0], cfg)
+        for block in BLOCKS:
+            p = search_scales(rotate(p) if block == "attn" else p, block, found, cfg, ROWS)
+            p = smooth(p, block, found, cfg, ROWS)
+        layers.append(p)
+        states = found.after_td
+    found, expected = (
+        logits(m, forward(m, batch, cache, cfg).hidden_td) for m in (model._replace(layers=tuple(layers)), model)
+    )
+    assert 0 < np.abs(found - expected).max() < 1e-4
 
 
 def test_a_rotation_spreads_what_is_large_in_one_channel():

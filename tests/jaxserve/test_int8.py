@@ -36,7 +36,12 @@ HOW = {
 
 
 def in_rows(cfg: Config, model: Model) -> tuple[Config, Model]:
-    return cfg, quantize_model(model, in_int8(model_params(cfg)))
+    """A scale a row; layers have biases, as calibration gives them."""
+    rounded, rng = quantize_model(model, in_int8(model_params(cfg))), np.random.default_rng(0)
+    bias = lambda: jnp.asarray(0.1 * rng.standard_normal(cfg.width), jnp.float32)  # noqa: E731
+    layers = tuple(layer._replace(attn_bias=bias(), ffn_bias=bias()) for layer in rounded.layers)
+    mtp = tuple(m._replace(layer=m.layer._replace(attn_bias=bias(), ffn_bias=bias())) for m in rounded.mtp)
+    return cfg, rounded._replace(layers=layers, mtp=mtp)
 
 
 def in_part(cfg: Config, model: Model) -> tuple[Config, Model]:
