@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.calibrate import calibrate_model, calibration_text
 from jaxserve.checkpoints.embedded import corpus
+from jaxserve.checkpoints.evaluation import statistics
 from jaxserve.checkpoints.evaluation.suite import Measured, chosen_tasks, difference, measure, perplexity, score
 from jaxserve.checkpoints.folding import pairs, rescale
 from jaxserve.checkpoints.hub import EMBEDDED
@@ -206,10 +207,10 @@ def cost(
     limit: int | None, keep: Path | None,
 ) -> Cost:  # fmt: skip
     """What a form costs, measured or read again."""
-    path = keep and keep / f"{title}, {name}.json".replace(" ", "-")
+    path = keep and keep / f"{title}, {name}, {limit or 'all'}.json".replace(" ", "-")
     if path and path.exists():
         lost, apart, tasks = json.loads(path.read_text())
-        return Cost(lost, apart, {task: Measured(*each) for task, each in tasks.items()})
+        return Cost(lost, apart, {task: _again(each) for task, each in tasks.items()})
     made, lost = form(name, model, cfg, tokens)
     begin = tokenizer.token_to_id(corpus.BEGIN)
     encode = lambda each: [begin, *tokenizer.encode(each, add_special_tokens=False).ids]  # noqa: E731
@@ -218,6 +219,12 @@ def cost(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))
     return found
+
+
+def _again(row: list[Any]) -> Measured:
+    """A `Measured` that was JSON."""
+    scoring, fingerprint, scores, log2 = row
+    return Measured(scoring, fingerprint, statistics.Parts(*scores), log2)
 
 
 def print_table(title: str, head: tuple[str, ...], found: Iterator[list[str]]) -> None:

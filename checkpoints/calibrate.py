@@ -1,5 +1,6 @@
 """A model's way to INT8, with text that passes through it: layer by layer, so that one is in memory at a time."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,14 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxserve.checkpoints.embedded import corpus
-from jaxserve.checkpoints.matrices import sample
+from jaxserve.checkpoints.matrices import Sample, sample
 from jaxserve.checkpoints.quantize import LayerReport, Parts, quantize_layer, quantize_matrix
 from jaxserve.layers.batch import whole
 from jaxserve.layers.config import Config
 from jaxserve.layers.mtp import joined
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.transformer import Layer, Model, Mtp, cache_params
-from jaxserve.parallel.errors import RequestError
+from jaxserve.parallel.errors import ConfigError, RequestError
+from jaxserve.parallel.qarray import QArray
 from jaxserve.parallel.sharding import zeros
 
 Encode = Callable[[str], Sequence[int]]
@@ -45,18 +47,29 @@ def calibration_text(
 ) -> Int[np.ndarray, "s t"]:
     """Tokens to calibrate with: of the standard library's modules that are not held out, or of other documents.
 
-    They are one more than the length, so that each has a next one. Documents come in an order by chance, always the
-    same. Raises RequestError if they are too short.
+    Documents give a piece each, from a place by chance that is always the same, and then another, until there are
+    enough; what is too short is joined with the next. Pieces are one token longer than the length, so that each has a
+    next one. Raises RequestError if there is too little text.
     """
     if documents is None:
         documents = [module.text for module in corpus.split(corpus.modules())[0]]
-    order, wanted, found = np.random.default_rng(0).permutation(len(documents)), sequences * (length + 1), []
-    for i in map(int, order):
-        found += encode(documents[i])
-        if len(found) >= wanted:
-            return np.array(found[:wanted], np.int32).reshape(sequences, length + 1)
+    rng, size, found, turned = np.random.default_rng(0), length + 1, [], {}
+    order = [int(i) for i in rng.permutation(len(documents))]
+    for start in itertools.count(0, size):
+        known = len(found)
+        for i in order:
+            if i not in turned:
+                ids = list(encode(documents[i]))
+                place = int(rng.integers(max(1, len(ids) - length)))
+                turned[i] = ids[place:] + ids[:place]
+            found += turned[i][start : start + size]
+            if len(found) >= sequences * size:
+                return np.array(found[: sequences * size], np.int32).reshape(sequences, size)
+        if len(found) == known:
+            break
     raise RequestError(
-        f"the text has {len(found)} tokens, {wanted} are needed; give more text, or ask for fewer or shorter sequences"
+        f"the text has {len(found)} tokens, {sequences * size} are needed; give more text, or ask for fewer or shorter "
+        "sequences"
     )
 
 
@@ -66,30 +79,35 @@ def calibrate(
     """Makes the layers INT8, one after another, then the MTP modules; each is read when it is its turn.
 
     What enters a layer is what the float model gives. With `begun`, only those are made that are not done.
+    Raises ConfigError for several MTP modules: each would need tokens further ahead.
     """
-    batch, next_t = whole(jnp.asarray(tokens_st[:, :-1])), tokens_st[:, 1:].reshape(-1)
+    if cfg.mtp_layers > 1:
+        raise ConfigError(f"the model has {cfg.mtp_layers} MTP modules; with more than one it can't be calibrated")
+    batch = whole(jnp.asarray(tokens_st[:, :-1]))
     cache = zeros(cache_params(cfg, tokens_st.shape[0], tokens_st.shape[1] - 1)[0])
     embed = read(lambda model: model.embed)
     done, states_td = begun or Walk(0, embed[batch.tokens_t])
-    for number in range(done, cfg.layers + cfg.mtp_layers):
-        if number < cfg.layers:
-            layer = read(lambda model, i=number: model.layers[i])
-            found = sample(layer, states_td, batch, cache, cfg)
-            part, report = quantize_layer(layer, found, cfg, parts)
-        else:
-            before = number - cfg.layers
-            mtp = read(lambda model, i=before: model.mtp[i])
-            gain = read(lambda model, i=before: model.mtp[i - 1].norm if i else model.norm)
-            x_tz = joined(mtp, embed[next_t], rms_norm(states_td, gain, cfg.norm_eps), cfg)
-            found = sample(mtp.layer, x_tz @ mtp.w_join.T, batch, cache, cfg)
-            layer, report = quantize_layer(mtp.layer, found, cfg, parts)
-            w_join, steps = quantize_matrix(mtp.w_join, x_tz, parts)
-            part, report = (
-                mtp._replace(layer=layer, w_join=w_join),
-                report._replace(steps={"join": steps, **report.steps}),
-            )
+    for number in range(done, cfg.layers):
+        found = sample(p := read(lambda model, i=number: model.layers[i]), states_td, batch, cache, cfg)
+        layer, report = quantize_layer(p, found, cfg, parts)
         states_td = found.after_td
-        yield Calibrated(number, part, report, states_td)
+        yield Calibrated(number, layer, report, states_td)
+    if cfg.mtp_layers and done <= cfg.layers:
+        hidden_td = rms_norm(states_td, read(lambda model: model.norm), cfg.norm_eps)
+        mtp = read(lambda model: model.mtp[0])
+        x_tz = joined(mtp, embed[tokens_st[:, 1:].reshape(-1)], hidden_td, cfg)
+        found = sample(mtp.layer, x_tz @ mtp.w_join.T, batch, cache, cfg)
+        yield Calibrated(cfg.layers, *_quantize_module(mtp, x_tz, found, cfg, parts), found.after_td)
+
+
+def _quantize_module(
+    mtp: Mtp, x_tz: Float[Array, "t z"], found: Sample, cfg: Config, parts: Parts
+) -> tuple[Mtp, LayerReport]:
+    """An MTP module: the matrix that joins its inputs, and its layer."""
+    layer, report = quantize_layer(mtp.layer, found, cfg, parts)
+    w_join, steps = quantize_matrix(mtp.w_join, x_tz, parts)
+    kept = report.kept if isinstance(w_join, QArray) else (*report.kept, "join.w_join")
+    return mtp._replace(layer=layer, w_join=w_join), report._replace(steps={"join": steps, **report.steps}, kept=kept)
 
 
 def calibrate_model(

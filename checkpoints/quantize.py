@@ -127,7 +127,7 @@ def quantize_layer(p: Layer, found: Sample, cfg: Config, parts: Parts) -> tuple[
     return p, LayerReport(steps, tuple(kept), _starved(p, found, cfg))
 
 
-def quantize_matrix(w_fd: Array, x_td: Array, parts: Parts) -> tuple[QArray, list[Step]]:
+def quantize_matrix(w_fd: Array, x_td: Array, parts: Parts) -> tuple[Array | QArray, list[Step]]:
     """A matrix alone, for what enters it: an MTP module's, which belongs to no block."""
     w_efd, x_etd = w_fd[None], x_td[None]
     lost = lambda codes: float(product_error(w_efd, x_etd, codes)[0])  # noqa: E731
@@ -139,6 +139,11 @@ def quantize_matrix(w_fd: Array, x_td: Array, parts: Parts) -> tuple[QArray, lis
     if parts.compensation:
         codes = min(codes, gptq(w_efd, codes.scale, x_etd), key=lost)
         steps.append(Step("compensation", lost(codes)))
+    if parts.mixed:
+        in_float = lost(codes) > TOO_LOSSY
+        steps.append(Step("mixed", 0.0 if in_float else lost(codes)))
+        if in_float:
+            return w_fd, steps
     return QArray(codes.codes[0], codes.scale[0]), steps
 
 
@@ -195,18 +200,28 @@ def compensate(now: Block, study: Study) -> Iterator[Block]:
         yield block
         exact_td = study.found.outputs[study.block]
         mean_d = (exact_td - output(block.rounded, study.block, study.found, study.cfg)).mean(0)
-        yield study.made(block.layer._replace(**{f"{study.block}_bias": mean_d}), block.codes)
+        bias, known = f"{study.block}_bias", getattr(block.layer, f"{study.block}_bias")
+        yield study.made(block.layer._replace(**{bias: mean_d if known is None else known + mean_d}), block.codes)
 
 
 def keep(now: Block, study: Study) -> Iterator[Block]:
     """The block with what loses too much in float."""
     weights, entering = matrices(now.layer, study.block), study.entering(now.layer)
     lost = {name: float(product_error(weights[name], entering[name], w).mean()) for name, w in now.codes.items()}
-    together = [("attn.w_dkv", "attn.w_kr")]  # they are one tensor of the files
-    for names in together:
-        if names[0] in lost:
-            lost |= dict.fromkeys(names, max(lost[name] for name in names))
+    for at, *fields in _TOGETHER:
+        names = [name for name in lost if name.rpartition(".") in [(at, ".", field) for field in fields]]
+        lost |= dict.fromkeys(names, max((lost[name] for name in names), default=0.0))
     yield study.made(now.layer, {name: w for name, w in now.codes.items() if lost[name] <= TOO_LOSSY})
+
+
+_TOGETHER = (
+    ("attn", "w_dq", "w_dkv", "w_kr"),
+    ("attn", "w_q", "w_k", "w_v"),
+    ("ffn", "w_gate", "w_up"),
+    ("ffn.shared", "w_gate", "w_up"),
+    ("ffn.experts", "w_gate", "w_up", "w_down"),
+)
+"""Matrices that are one tensor of the files, or that other engines multiply as one: they are INT8 together or not."""
 
 
 _PARTS: dict[str, Callable[[Block, Study], Iterable[Block]]] = {

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.layers.linear import einsum
 from jaxserve.layers.moe import Mlp
-from jaxserve.parallel.qarray import BOUND, QArray
+from jaxserve.parallel.qarray import BOUND, QArray, quantize
 
 CLIPS = (1.0, 0.99, 0.98, 0.97, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7)
 """Of the largest magnitude of an output channel, what becomes the largest code."""
@@ -18,18 +18,9 @@ DAMPING = 0.01
 """Of the mean of a Hessian's diagonal, what is added to it (GPTQ, section 3.3)."""
 
 
-def rounded(w_efd: Array, clip: Array | float = 1.0) -> QArray:
-    """Codes with a scale an output; what is larger than `clip` of an output's largest weight becomes that.
-
-    Clips are for all, or for each expert or output: `[e, 1, 1]` or `[e, f, 1]`.
-    """
-    most_ef1 = jnp.abs(w_efd).max(axis=2, keepdims=True) * clip
-    return QArray(_codes(w_efd, scale_ef1 := most_ef1 / BOUND), scale_ef1)
-
-
-def _codes(w: Array, scale: Array) -> Array:
-    codes = jnp.round(w / jnp.where(scale > 0, scale, 1))
-    return jnp.clip(codes, -BOUND, BOUND).astype(jnp.int8)
+def rounded(w_efd: Array, clip: Array | float | None = None) -> QArray:
+    """Codes with a scale an output. Clips are for all, or for each expert or output: `[e, 1, 1]` or `[e, f, 1]`."""
+    return quantize(w_efd, (2,), clip)
 
 
 @jax.jit
@@ -85,9 +76,11 @@ def _gptq(w_fd: Array, scale_f: Array, x_td: Array) -> Array:
     inverse_dd = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped_dd), True), jnp.eye(len(order_d)))
     upper_dd = jnp.linalg.cholesky(inverse_dd).T
 
+    inverse_f = jnp.where(scale_f > 0, 1 / jnp.where(scale_f > 0, scale_f, 1), 0)
+
     def column(i, carry):
         left_fd, codes_fd = carry
-        codes_f = _codes(left_fd[:, i], scale_f)
+        codes_f = jnp.clip(jnp.round(left_fd[:, i] * inverse_f), -BOUND, BOUND).astype(jnp.int8)
         lost_f = (left_fd[:, i] - codes_f.astype(w_fd.dtype) * scale_f) / upper_dd[i, i]
         return left_fd - jnp.outer(lost_f, upper_dd[i]), codes_fd.at[:, i].set(codes_f)
 

@@ -279,7 +279,9 @@ def info(
     _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")
     _print_table("parameters", parts(cfg), "right")
     _print_table(
-        f"memory in {kind}", memory(cfg, kind, describe_weights(folder, raw, cfg, kind), kv_cache_dtype), "right"
+        f"memory in {kind}",
+        memory(cfg, kind, describe_weights(folder, raw, cfg, kind), kv_cache_dtype=kv_cache_dtype),
+        "right",
     )
 
 

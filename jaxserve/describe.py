@@ -62,7 +62,7 @@ def parts(cfg: Config) -> list[Row]:
     return [*shown, ("total", f"{total:,}"), ("used by a token, without MTP", f"{active:,}")]
 
 
-def memory(cfg: Config, dtype: Any, params: Model | None = None, kv_cache_dtype: CacheDtype = "auto") -> list[Row]:
+def memory(cfg: Config, dtype: Any, params: Model | None = None, *, kv_cache_dtype: CacheDtype = "auto") -> list[Row]:
     """Bytes of the weights, and of the cache for a token and for the longest sequence.
 
     `params` describe the weights, by default in floats.

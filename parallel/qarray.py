@@ -31,12 +31,15 @@ class QArray(NamedTuple):
         return self.codes.ndim
 
 
-def quantize(x: Float[Array, "..."], axes: tuple[int, ...]) -> QArray:
-    """Codes with one scale for all values along these axes."""
+def quantize(x: Float[Array, "..."], axes: tuple[int, ...], clip: Array | float | None = None) -> QArray:
+    """Codes with one scale for all values along these axes; those above `clip` of the largest, a share, become that."""
     x = x.astype(jnp.float32)
     most = jnp.abs(x).max(axis=axes, keepdims=True)
+    most = most if clip is None else most * clip
     inverse = jnp.where(most > 0, BOUND / jnp.where(most > 0, most, 1), 0)
-    return QArray(jnp.round(x * inverse).astype(jnp.int8), most * (1 / BOUND))  # XLA may divide so itself
+    codes = jnp.round(x * inverse)
+    codes = codes if clip is None else jnp.clip(codes, -BOUND, BOUND)
+    return QArray(codes.astype(jnp.int8), most * (1 / BOUND))  # XLA may divide so itself
 
 
 def quantize_blocks(x: Float[Array, "..."], count: int) -> QArray:

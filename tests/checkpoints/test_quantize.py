@@ -95,7 +95,7 @@ def test_matrices_that_lose_too_much_stay_in_float_and_are_named():
     assert isinstance(layer.attn.w_o, QArray)
 
 
-def test_two_matrices_that_files_have_as_one_tensor_stay_together(monkeypatch):
+def test_matrices_that_files_have_as_one_tensor_or_engines_multiply_as_one_stay_together(monkeypatch):
     p = passed("deepseek_v3")
     errors = {"attn.w_dkv": 1.0, "attn.w_kr": 0.0}
 
@@ -107,7 +107,7 @@ def test_two_matrices_that_files_have_as_one_tensor_stay_together(monkeypatch):
     monkeypatch.setattr(quantize.Study, "lost", lambda *_: 0.0)
     study = quantize.Study("attn", p.found, p.cfg)
     (kept,) = quantize.keep(study.made(p.layer), study)
-    assert set(matrices(p.layer, "attn")) - set(kept.codes) == {"attn.w_dkv", "attn.w_kr"}
+    assert set(matrices(p.layer, "attn")) - set(kept.codes) == {"attn.w_dq", "attn.w_dkv", "attn.w_kr"}
 
 
 def test_experts_that_too_few_tokens_chose_are_named():
@@ -134,6 +134,15 @@ def test_a_matrix_alone_is_rounded_with_the_parts_that_apply():
     w, x = normal(rng, 8, 16), normal(rng, 64, 16)
     codes, steps = quantize_matrix(w, x, Parts())
     assert (codes.codes.shape, codes.scale.shape) == ((8, 16), (8, 1))
-    assert [step.part for step in steps] == ["rounding", "clipping", "compensation"]
+    assert [step.part for step in steps] == ["rounding", "clipping", "compensation", "mixed"]
     assert [step.lost for step in steps] == sorted((step.lost for step in steps), reverse=True)
     assert [step.part for step in quantize_matrix(w, x, NONE)[1]] == ["rounding"]
+
+
+def test_a_matrix_alone_that_loses_too_much_stays_in_float():
+    rng = np.random.default_rng(0)
+    w, x = normal(rng, 8, 16), normal(rng, 64, 16).at[:, 0].multiply(1000.0)
+    w = w.at[:, 0].set(w[:, 0] / 1000)
+    kept, steps = quantize_matrix(w, x, Parts())
+    assert kept is w and steps[-2].lost > quantize.TOO_LOSSY and steps[-1] == ("mixed", 0.0)
+    assert isinstance(quantize_matrix(w, x, Parts(mixed=False))[0], QArray)

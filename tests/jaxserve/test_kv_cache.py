@@ -94,10 +94,10 @@ def test_more_pages_fit_into_as_many_bytes(dtype):
 
 def test_a_token_takes_what_is_told_of_it():
     values = (CFG.attention.kv_rank + 4 + 2 * CFG.attention.rope_dim) * (CFG.layers + CFG.mtp_layers)
-    assert dict(memory(CFG, jnp.float16, "int8"))["cache of a token"] == f"{values} B"
+    assert dict(memory(CFG, jnp.float16, kv_cache_dtype="int8"))["cache of a token"] == f"{values} B"
 
 
 def test_a_model_without_latents_is_refused_before_anything_is_loaded(tiny_folder, monkeypatch):
-    monkeypatch.setattr("jaxserve.checkpoints.hf.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("jaxserve.checkpoints.hf.Checkpoint.read", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(RequestError, match="kv_cache_dtype = 'int8': the model's attention is grouped-query .* 'auto'"):
         LLM(tiny_folder, kv_cache_dtype="int8")
