@@ -23,6 +23,7 @@ from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.calibrate import Calibrated, Walk, calibrate
 from jaxserve.checkpoints.formats import DESCRIPTION, quantization_config
 from jaxserve.checkpoints.hf import Checkpoint
+from jaxserve.checkpoints.hub import check_new
 from jaxserve.checkpoints.quantize import LayerReport, Parts, Step
 from jaxserve.checkpoints.safetensors import COMPENSATION, INDEX, open_file
 from jaxserve.checkpoints.sources import OUTPUT_BIAS, sources, to_tensors
@@ -66,13 +67,16 @@ def convert(
 ) -> list[LayerReport]:
     """Writes a checkpoint with INT8 weights, in the format of compressed-tensors; tells how each layer became that.
 
-    Stopped, it goes on where it was if it is asked for the same again. Raises CheckpointError if the folder holds
-    something else: nothing is overwritten.
+    Stopped, it goes on where it was if it is asked for the same again; once done, there is nothing to do. Raises
+    CheckpointError if the folder holds something else: nothing is overwritten.
     """
     checkpoint = hf.open_checkpoint(source)
-    kind = checkpoint.raw.get("dtype") or checkpoint.raw.get("torch_dtype") or "float32"
-    params = model_params(checkpoint.cfg, jnp.dtype(kind), biases=parts.compensation)
+    if any(map(is_quantized, jax.tree.leaves(checkpoint.table, is_leaf=is_quantized))):
+        raise CheckpointError(f"{source} is INT8 already; calibrate the model that it was made from")
+    params = model_params(checkpoint.cfg, written_dtype(checkpoint.raw), biases=parts.compensation)
     work = Work(checkpoint, params, sources(checkpoint.cfg, params), out, _plan(source, tokens_st, parts))
+    if (reports := _finished(work)) is not None:
+        return reports
     begun = _begin(work)
     show(begun.done if begun else 0, work.total)
     for each in calibrate(checkpoint.read, checkpoint.cfg, tokens_st, parts, begun):
@@ -81,11 +85,28 @@ def convert(
     return _finish(work, source)
 
 
+def written_dtype(raw: Mapping[str, Any]) -> Any:
+    """That of weights that stay in float: the checkpoint's own."""
+    return jnp.dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def _finished(work: Work) -> list[LayerReport] | None:
+    """What was told of the same work, if it is done."""
+    path = work.out / REPORT
+    if work.unfinished.exists() or not path.exists():
+        return None
+    told = json.loads(path.read_text())
+    same = all(told.get(name) == value for name, value in work.plan.items())
+    return [_report(*layer.values()) for layer in told["layers"]] if same else None
+
+
 def _plan(source: Path, tokens_st: np.ndarray, parts: Parts) -> dict[str, Any]:
-    """What decides the result; the files by name and size, for they may be large."""
-    sizes = {path.name: path.stat().st_size for path in sorted(source.glob("*.safetensors"))}
+    """What decides the result; the files by size and time, for they may be large."""
+    stats = {path.name: path.stat() for path in sorted(source.glob("*.safetensors"))}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     text = hashlib.sha256(np.ascontiguousarray(tokens_st).tobytes()).hexdigest()
-    return {"model": sizes, "config": hf.read_json(source), "parts": parts._asdict(), "text": text}
+    plan = {"model": files, "config": hf.read_json(source), "parts": parts._asdict()}
+    return plan | {"text": [text, *tokens_st.shape]}
 
 
 def _begin(work: Work) -> Walk | None:
@@ -99,17 +120,11 @@ def _begin(work: Work) -> Walk | None:
                 f"{work.out} was begun with another {' and '.join(other)}; repeat it as it was, or name another folder"
             )
         return _states(work)
-    check_new(work.out)
-    work.unfinished.mkdir(parents=True)
+    if not (work.unfinished.is_dir() and not any(work.unfinished.glob("*.npz"))):  # else it was only just begun
+        check_new(work.out)
+    work.unfinished.mkdir(parents=True, exist_ok=True)
     _write_json(path, work.plan)
     return None
-
-
-def check_new(folder: Path) -> None:
-    """Raises CheckpointError if there is something: nothing is overwritten."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise CheckpointError(f"{folder} exists and {what}; name another folder")
 
 
 def _states(work: Work) -> Walk | None:
@@ -129,7 +144,8 @@ def _keep(work: Work, each: Calibrated) -> None:
     biases = {name: tensors.pop(name) for name in list(tensors) if name.endswith(OUTPUT_BIAS)}
     _write(work.out / work.shard(each.number), partial(save_file, tensors, metadata={"format": "pt"}))
     _write(work.unfinished / f"biases-{each.number}.safetensors", partial(save_file, biases))
-    _write_json(work.unfinished / f"report-{each.number}.json", each.report)
+    steps = {block: dict(steps) for block, steps in each.report.steps.items()}
+    _write_json(work.unfinished / f"report-{each.number}.json", each.report._replace(steps=steps)._asdict())
     states = {"done": np.int64(each.number + 1), "states": np.asarray(each.states_td)}
     _write(work.unfinished / "states.npz", lambda path: _save_arrays(path, states))
 
@@ -167,12 +183,12 @@ def _finish(work: Work, source: Path) -> list[LayerReport]:
         biases |= load_file(work.unfinished / f"biases-{number}.safetensors")
     if biases:
         _write(work.out / COMPENSATION, partial(save_file, biases))
-    reports = [_report(work.unfinished / f"report-{number}.json") for number in range(work.total)]
-    steps = [{**report._asdict(), "steps": _as_json(report)} for report in reports]
-    _write_json(work.out / REPORT, {**work.plan, "layers": steps})
+    layers = [json.loads((work.unfinished / f"report-{number}.json").read_text()) for number in range(work.total)]
     _describe(work, source)
-    shutil.rmtree(work.unfinished)
-    return reports
+    _write_json(work.out / REPORT, {**work.plan, "layers": layers})
+    os.replace(work.unfinished, done := work.out / ".done")  # at once, so that it is never half there
+    shutil.rmtree(done)
+    return [_report(*layer.values()) for layer in layers]
 
 
 def _describe(work: Work, source: Path) -> None:
@@ -183,18 +199,14 @@ def _describe(work: Work, source: Path) -> None:
     for path in source.iterdir():
         known = path.name in (DESCRIPTION, INDEX) or (work.out / path.name).exists()
         if path.suffix in {".json", ".jinja"} and not known:
-            shutil.copy(path, work.out)
+            _write(work.out / path.name, partial(shutil.copy, path))
     is_codes = lambda each: QArray(each, each) if each.names[0] + "_scale" in places else each  # noqa: E731
     config = quantization_config(work.table, jax.tree.map(is_codes, work.table))
     raw = {key: value for key, value in work.checkpoint.raw.items() if key != "quantization_config"}
     _write_json(work.out / "config.json", raw | {"quantization_config": config})
 
 
-def _report(path: Path) -> LayerReport:
-    steps, kept, starved = json.loads(path.read_text())
-    steps = {block: [Step(*step) for step in each] for block, each in steps.items()}
-    return LayerReport(steps, tuple(kept), tuple(starved))
-
-
-def _as_json(report: LayerReport) -> dict[str, dict[str, float]]:
-    return {block: dict(steps) for block, steps in report.steps.items()}
+def _report(steps: Mapping[str, Mapping[str, float]], kept: list[str], starved: list[int]) -> LayerReport:
+    """What was JSON."""
+    lost = {block: [Step(*each) for each in parts.items()] for block, parts in steps.items()}
+    return LayerReport(lost, tuple(kept), tuple(starved))

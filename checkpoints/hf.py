@@ -175,6 +175,8 @@ def save(folder: Path, model: Model, cfg: Config, raw: dict[str, Any]) -> None:
     kept = {key: value for key, value in raw.items() if key != "quantization_config"}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for stale in (COMPENSATION, INDEX):
+        (folder / stale).unlink(missing_ok=True)
     if biases:
         save_file(biases, folder / COMPENSATION)
         places = dict.fromkeys(tensors, "model.safetensors")

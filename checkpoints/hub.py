@@ -9,7 +9,9 @@ WANTED = ("*.json", "*.safetensors", "*.jinja")
 
 
 def locate(model: str | Path | None, wanted: tuple[str, ...] = WANTED) -> Path:
-    """The folder of a model: None is the embedded one; of a name like `deepseek-ai/DeepSeek-V3`, files are fetched.
+    """The folder of a model; of a name like `deepseek-ai/DeepSeek-V3`, files are fetched.
+
+    None is the embedded model, and so is "embedded", unless a folder has that name.
 
     `wanted` are patterns of the files to fetch.
 
@@ -22,6 +24,8 @@ def locate(model: str | Path | None, wanted: tuple[str, ...] = WANTED) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if str(model) == "embedded":
+        return EMBEDDED
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; name the folder that holds config.json and the weights")
     if str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
@@ -41,3 +45,10 @@ def _fetch(name: str, wanted: tuple[str, ...]) -> Path:
             f"{name} is no folder here, and could not be fetched from the hub ({type(error).__name__}: {reason}). "
             "Check the name and the network, or name a folder."
         ) from error
+
+
+def check_new(folder: Path) -> None:
+    """Raises CheckpointError if there is something: nothing is overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise CheckpointError(f"{folder} exists and {what}; name another folder")

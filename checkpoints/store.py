@@ -19,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxserve.checkpoints.faults import Shapes, check_shapes, not_finite
 from jaxserve.checkpoints.formats import DESCRIPTION
 from jaxserve.checkpoints.hf import Progress, placement, read_json
+from jaxserve.checkpoints.hub import check_new
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import in_int8, is_quantized, quantize_model
 from jaxserve.layers.transformer import Model, model_params
@@ -44,9 +45,7 @@ def save(folder: Path, model: Model, beside: Path) -> None:
     """
     import orbax.checkpoint as ocp  # slow to import, and not needed to serve what others saved
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise CheckpointError(f"{folder} exists and {what}; name another folder")
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in beside.iterdir():
         if path.suffix in {".json", ".jinja"} and path.name not in _FOREIGN and not path.name.endswith(".index.json"):

@@ -276,13 +276,10 @@ def info(
     folder = locate(model, wanted=("config.json", DESCRIPTION))
     raw = read_json(folder)
     cfg, kind = Config.from_hf(raw), resolve_dtype(dtype, raw)
+    weights = describe_weights(folder, raw, cfg, kind)  # refuses what can't be read before anything is shown
     _print_table(f"{cfg.model_type}  {folder}", architecture(cfg), "left")
     _print_table("parameters", parts(cfg), "right")
-    _print_table(
-        f"memory in {kind}",
-        memory(cfg, kind, describe_weights(folder, raw, cfg, kind), kv_cache_dtype=kv_cache_dtype),
-        "right",
-    )
+    _print_table(f"memory in {kind}", memory(cfg, kind, weights, kv_cache_dtype=kv_cache_dtype), "right")
 
 
 @app.command()
@@ -453,10 +450,11 @@ def evaluate(
     jaxserve eval --out float.json; jaxserve eval --quantization int8 --against float.json
     """
     from jaxserve.checkpoints.evaluation import results, suite
+    from jaxserve.checkpoints.hub import locate
     from jaxserve.evaluate import evaluate
 
-    if out and not out.absolute().parent.is_dir():
-        raise RequestError(f"--out {out}: {out.absolute().parent} is no folder; make it first")
+    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise RequestError(f"--out {out}: it must be a file, in a folder that is there")
     some = suite.chosen_tasks(tasks.replace(" ", "").split(",") if tasks else None)
     other = None
     if against and Path(against).is_file():
@@ -465,12 +463,14 @@ def evaluate(
         other = results.read(Path(against))
         suite.check_items(suite.fingerprints(some, limit), other)
     with _progress() as progress:
+        for name in (model, against if other is None else None):
+            locate(name)  # a name that is wrong is told before the first is scored
         found = evaluate(model, dtype, quantization, some, limit, progress)
+        if out:
+            results.save(out, found)
         if other is None and (against or against_quantization):
             int8 = "int8" if against_quantization == "int8" else None
             other = evaluate(against or model, dtype, int8, some, limit, progress)
-    if out:
-        results.save(out, found)
     _print_evaluation(found, other, as_json)
 
 

@@ -1,5 +1,6 @@
 """A model folder as INT8, and in rows of text how it became that: for `jaxserve quantize`."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -8,11 +9,12 @@ from typing import Literal
 
 from jaxserve.checkpoints import hf, store
 from jaxserve.checkpoints.calibrate import calibration_text
-from jaxserve.checkpoints.convert import check_new, convert
-from jaxserve.checkpoints.hub import locate
+from jaxserve.checkpoints.convert import convert, written_dtype
+from jaxserve.checkpoints.hub import check_new, locate
 from jaxserve.checkpoints.quantize import FEW_TOKENS, LayerReport, Parts
 from jaxserve.compilation import enable_cache
 from jaxserve.layers.config import Config
+from jaxserve.llm import check_vocabulary
 from jaxserve.parallel.errors import RequestError
 from jaxserve.progress import Progress
 from jaxserve.tokenizer import Tokenizer
@@ -29,8 +31,10 @@ def quantize(
     Raises CheckpointError, ConfigError or RequestError that name what is wrong.
     """
     parts = _parts(without)
-    folder = locate(None if model == "embedded" else model)
-    tokenizer, cfg = Tokenizer.from_folder(folder), Config.from_hf(hf.read_json(folder))
+    folder = locate(model)
+    raw, tokenizer = hf.read_json(folder), Tokenizer.from_folder(folder)
+    cfg = Config.from_hf(raw)
+    check_vocabulary(tokenizer, cfg, folder)
     if shape[1] > cfg.max_positions:
         raise RequestError(f"--length {shape[1]}: the model has {cfg.max_positions} positions; it must be at most that")
     documents = [_read(path) for path in files] or None
@@ -40,9 +44,11 @@ def quantize(
     if form == "compressed-tensors":
         return convert(folder, out, tokens_st, parts, show)
     check_new(out)
-    tensors = out.with_name(out.name + ".tensors")
+    tensors, part = (out.with_name(out.name + ending) for ending in (".tensors", ".part"))
     reports = convert(folder, tensors, tokens_st, parts, show)
-    store.save(out, hf.load(tensors)[1], tensors)
+    shutil.rmtree(part, ignore_errors=True)
+    store.save(part, hf.load(tensors, written_dtype(raw))[1], tensors)
+    os.replace(part, out)
     shutil.rmtree(tensors)
     return reports
 

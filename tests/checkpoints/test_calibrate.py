@@ -42,10 +42,10 @@ def test_the_text_is_of_modules_that_are_not_held_out(tokenizer, encode):
     assert np.array_equal(calibration_text(encode, 3, 20), tokens)
 
 
-def test_other_documents_can_be_given(tokenizer, encode):
-    assert tokenizer.decode(calibration_text(encode, 1, 4, ["one two three four five six"])[0].tolist()).startswith(
-        "one"
-    )
+def test_other_documents_can_be_given_and_all_give_pieces(tokenizer, encode):
+    texts = ["one two three four five six seven eight", "nine ten eleven twelve thirteen fourteen fifteen"]
+    pieces = [tokenizer.decode(piece.tolist()).strip() for piece in calibration_text(encode, 2, 4, texts)]
+    assert {next(i for i, text in enumerate(texts) if piece in f"{text} {text}") for piece in pieces} == {0, 1}
     with pytest.raises(RequestError, match="the text has 2 tokens, 5 are needed"):
         calibration_text(encode, 1, 4, ["if x"])
 

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -125,3 +126,45 @@ def test_biases_are_added_when_the_model_runs(folder, tmp_path):
         logits(each, forward(each, batch, empty_cache(cfg, 3, 8), cfg).hidden_td) for each in (model, bare)
     )
     assert 0 < np.abs(found - without).max() < 0.1 * np.abs(found).max()
+
+
+@pytest.mark.parametrize("after", range(1, 20, 2))
+def test_work_that_is_killed_between_any_two_writes_goes_on(folder, tmp_path, monkeypatch, after):
+    """Every file comes to its place by `os.replace`, so that is where a kill can make a difference."""
+    convert(folder, tmp_path / "whole", tokens(folder), NONE)
+    left = [after]
+    real = os.replace
+
+    def replace(*paths) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", tokens(folder), NONE)
+    monkeypatch.setattr(os, "replace", real)
+    reports = convert(folder, tmp_path / "out", tokens(folder), NONE)
+    whole, out = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out"))
+    assert whole == out
+    assert convert(folder, tmp_path / "out", tokens(folder), NONE) == reports  # there is nothing left to do
+
+
+def test_a_source_that_has_changed_is_another_model(folder, tmp_path):
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", tokens(folder), NONE, stop)
+    os.utime(folder / "model.safetensors", (1, 1))
+    with pytest.raises(CheckpointError, match="was begun with another model"):
+        convert(folder, tmp_path / "out", tokens(folder), NONE)
+
+
+def test_a_model_that_is_int8_already_is_refused(folder, tmp_path):
+    convert(folder, tmp_path / "out", tokens(folder), NONE)
+    with pytest.raises(CheckpointError, match="is INT8 already"):
+        convert(tmp_path / "out", tmp_path / "again", tokens(folder), NONE)
+    assert not (tmp_path / "again").exists()

@@ -36,6 +36,13 @@ def test_no_model_is_the_embedded_one():
     assert (hub.locate(None) / "model.safetensors").is_file()
 
 
+def test_the_embedded_one_has_a_name_unless_a_folder_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub.locate("embedded") == hub.locate(None)
+    (tmp_path / "embedded").mkdir()
+    assert hub.locate("embedded") == Path("embedded")
+
+
 def test_a_folder_is_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert hub.locate(tmp_path) == hub.locate(str(tmp_path)) == hub.locate(f"~/{tmp_path.name}") == tmp_path
