@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -9,8 +12,9 @@ from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.checkpoints.quantize import Parts
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import in_int8
+from jaxserve.layers.mtp import draft
 from jaxserve.layers.transformer import forward, logits, model_params
-from jaxserve.parallel.errors import RequestError
+from jaxserve.parallel.errors import ConfigError, RequestError
 from tests.layers.helpers import batch_of, empty_cache, page_table, random_model, random_tokens
 
 NONE = Parts(*(False,) * len(Parts._fields))
@@ -93,3 +97,20 @@ def test_the_text_passes_through_the_float_model():
     gain = model.norm[None]
     normed = last.states_td / np.sqrt(np.square(last.states_td).mean(1, keepdims=True) + cfg.norm_eps) * gain
     assert np.allclose(logits(model, normed), logits(model, exact.hidden_td), atol=1e-4)
+
+
+def test_an_mtp_module_gets_what_it_drafts_from():
+    cfg, model, tokens = tiny("deepseek_v3")
+    *_, module = calibrate(lambda part: part(model), cfg, tokens, NONE)
+    batch = batch_of(list(tokens[:, :-1]), page_table(4, 1))
+    out = forward(model, batch, empty_cache(cfg, 4, 16), cfg)
+    following = batch._replace(tokens_t=jnp.asarray(tokens[:, 1:].reshape(-1)))
+    drafted = draft(model, model.mtp[0], out.hidden_td, following, empty_cache(cfg, 4, 16)[-1], cfg)
+    normed = module.states_td / np.sqrt(np.square(module.states_td).mean(1, keepdims=True) + cfg.norm_eps)
+    assert np.allclose(normed * model.mtp[0].norm[None], drafted.hidden_td, atol=1e-4)
+
+
+def test_several_mtp_modules_are_refused():
+    cfg, model, tokens = tiny("deepseek_v3")
+    with pytest.raises(ConfigError, match="the model has 2 MTP modules"):
+        next(calibrate(lambda part: part(model), replace(cfg, mtp_layers=2), tokens, NONE))
