@@ -1,5 +1,7 @@
 """Every test runs strict and on eight emulated devices."""
 
+import functools
+import gc
 import os
 import zlib
 from collections.abc import Iterator
@@ -38,6 +40,10 @@ hypothesis.settings.register_profile("jaxserve", deadline=None)
 hypothesis.settings.load_profile("jaxserve")
 
 
+MAPPINGS = 30_000
+CACHED = type(functools.cache(lambda: None))
+
+
 @pytest.fixture(autouse=True)
 def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
     """The engine's programs are those of users. Others run once or twice, and to optimize them would take longer."""
@@ -48,11 +54,18 @@ def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_mappings() -> Iterator[None]:
-    """Lets go of compiled programs before the process has 65,530 mappings, all that Linux grants it: some for each."""
+    """Lets go of compiled programs before the process has 65,530 mappings, all that Linux grants it: some for each.
+
+    Most belong to engines that tests of several modules share, in caches of functools: they are made anew.
+    """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPPINGS:
+        for each in gc.get_objects():
+            if isinstance(each, CACHED) and each.__module__.startswith("tests."):
+                each.cache_clear()
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)
