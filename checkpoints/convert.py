@@ -120,7 +120,8 @@ def _begin(work: Work) -> Walk | None:
                 f"{work.out} was begun with another {' and '.join(other)}; repeat it as it was, or name another folder"
             )
         return _states(work)
-    if not (work.unfinished.is_dir() and not any(work.unfinished.glob("*.npz"))):  # else it was only just begun
+    only_begun = work.unfinished.is_dir() and list(work.out.iterdir()) == [work.unfinished]
+    if not only_begun:
         check_new(work.out)
     work.unfinished.mkdir(parents=True, exist_ok=True)
     _write_json(path, work.plan)

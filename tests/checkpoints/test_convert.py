@@ -34,6 +34,12 @@ def tokens(folder: Path, seed: int = 0) -> np.ndarray:
     return random_tokens(cfg, np.random.default_rng(seed), 4 * 17).reshape(4, 17)
 
 
+def stop_after_one(done: int, total: int) -> None:
+    """Ends the work when a layer is done."""
+    if done == 1:
+        raise KeyboardInterrupt
+
+
 def same(one, other) -> bool:
     pairs = zip(*map(jax.tree.leaves, (one, other)), strict=True)
     return jax.tree.structure(one) == jax.tree.structure(other) and all(np.array_equal(*pair) for pair in pairs)
@@ -90,12 +96,8 @@ def test_work_that_was_stopped_goes_on_where_it_was(folder, tmp_path, monkeypatc
 
 
 def test_unfinished_work_is_not_mixed_with_other(folder, tmp_path):
-    def stop(done: int, total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convert(folder, tmp_path / "out", tokens(folder), NONE, stop)
+        convert(folder, tmp_path / "out", tokens(folder), NONE, stop_after_one)
     with pytest.raises(CheckpointError, match="was begun with another parts and text"):
         convert(folder, tmp_path / "out", tokens(folder, seed=1), BIASES)
 
@@ -152,12 +154,8 @@ def test_work_that_is_killed_between_any_two_writes_goes_on(folder, tmp_path, mo
 
 
 def test_a_source_that_has_changed_is_another_model(folder, tmp_path):
-    def stop(done: int, total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        convert(folder, tmp_path / "out", tokens(folder), NONE, stop)
+        convert(folder, tmp_path / "out", tokens(folder), NONE, stop_after_one)
     os.utime(folder / "model.safetensors", (1, 1))
     with pytest.raises(CheckpointError, match="was begun with another model"):
         convert(folder, tmp_path / "out", tokens(folder), NONE)
@@ -168,3 +166,10 @@ def test_a_model_that_is_int8_already_is_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="is INT8 already"):
         convert(tmp_path / "out", tmp_path / "again", tokens(folder), NONE)
     assert not (tmp_path / "again").exists()
+
+
+def test_a_folder_with_something_beside_unfinished_work_is_left_alone(folder, tmp_path):
+    (tmp_path / "out" / "unfinished").mkdir(parents=True)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        convert(folder, tmp_path / "out", tokens(folder), NONE)
