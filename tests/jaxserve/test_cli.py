@@ -12,7 +12,7 @@ import jaxserve
 from jaxserve.checkpoints.hub import EMBEDDED
 from tests.jaxserve.conftest import GOLDENS, word_tokenizer
 
-MAIN = "from jaxserve.cli import main; "
+MAIN = "from jaxserve.cli.main import main; "
 INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # not so in the background
 
 
@@ -250,7 +250,7 @@ def test_ctrl_c_that_falls_where_nothing_can_be_raised_ends_the_program_too():
 
 def test_help_teaches_with_examples_and_does_not_wait_for_jax():
     assert 'jaxserve generate "def quicksort(items):"' in run("generate", "--help").stdout
-    code = "import sys, jaxserve.cli; sys.exit('jax' in sys.modules)"
+    code = "import sys, jaxserve.cli.main; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

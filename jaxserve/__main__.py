@@ -1,0 +1,5 @@
+"""`python -m jaxserve`: the command line."""
+
+from jaxserve.cli.main import main
+
+main()

@@ -1,0 +1,49 @@
+"""Options that several commands have."""
+
+from typing import Annotated, Literal
+
+import typer
+
+PromptArgument = Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")]
+ModelArgument = Annotated[str | None, typer.Argument(help="Folder or hub name; without it, the embedded model.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Folder of a Hugging Face model, or its name on the hub (without it, the embedded one)."
+    ),
+]
+MaxTokensOption = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the most probable token; higher is more varied.")]
+TopPOption = Annotated[float, typer.Option(help="Draw from the most probable tokens that reach this mass.")]
+TopKOption = Annotated[int, typer.Option(help="Draw from this many most probable tokens; 0: all.")]
+MinPOption = Annotated[float, typer.Option(help="Draw from tokens this probable, relative to the most probable.")]
+SeedOption = Annotated[int | None, typer.Option(help="Repeats what was drawn; without it, another each time.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be given several times.")]
+MaxModelLenOption = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together at most; the cache has room for them.")
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's own, on CPU float32.")
+]
+QuantizationOption = Annotated[
+    Literal["int8"] | None,
+    typer.Option(help="int8: the matrices of attention, networks and experts, and products, in INT8."),
+]
+KvCacheDtypeOption = Annotated[
+    Literal["auto", "int8"],
+    typer.Option(help="Of the cache; int8: latents in INT8, keys in 16 bits; auto: that of activations."),
+]
+DevicesOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="On CPU, emulate so many devices in this process; without it, those that --mesh needs."),
+]
+MeshOption = Annotated[
+    str | None,
+    typer.Option(help="Run on several devices: nodes x devices of each, like 2x4; experts are spread over them."),
+]
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option(help="Share the mesh with other processes, which meet at this host:port; it is on the first's host."),
+]
+NumProcessesOption = Annotated[int, typer.Option(min=1, help="How many processes share the mesh.")]
+ProcessIdOption = Annotated[int, typer.Option(min=0, help="Which of them this is, from 0.")]
