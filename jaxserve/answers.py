@@ -1,6 +1,7 @@
 """The answers that are not complete: how they begin, grow by what steps give, and end."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ class Answer(NamedTuple):
     completion: Completion
     guide: Guide | None
     known: list[TokenLogprobs | None]  # of the prompt's tokens, as far as they have come
+    came: float  # when it was asked for
 
 
 class Answers:
@@ -66,6 +68,18 @@ class Answers:
         for answer in self._open.pop(request_id, {}).values():
             self._ranks.finish(answer.sequence)
 
+    def lose(self, kept: Set[Sequence], error: str) -> Iterator[Output]:
+        """Ends all answers but some, with what they had said so far; nobody has their sequences any more."""
+        for answer in [answer for answers in self._open.values() for answer in answers.values()]:
+            s, completion = answer.sequence, answer.completion
+            if s not in kept:
+                self._drop(answer)
+                yield Output(s.request.id, s.index, completion.rest(), finish_reason="error", error=error)
+
+    def begin(self, s: Sequence) -> None:
+        """Notes that a sequence got a slot."""
+        s.queue_seconds = s.queue_seconds or time.perf_counter() - self._of(s).came
+
     def guides(self, sequences: Iterable[Sequence]) -> dict[Sequence, Guide]:
         """Of those whose next tokens the host decides."""
         found = ((s, self._of(s).guide) for s in sequences if s.by_host)
@@ -90,7 +104,7 @@ class Answers:
                 self._count_guesses(said.at[: len(output.token_ids)], found)
 
     def _extend(self, answer: Answer, tokens: list[int], found: list[TokenLogprobs], guesses: list[int]) -> Output:
-        s, completion, guide, known = answer
+        s, completion, guide, known, _ = answer
         if guide is not None:
             tokens = tokens[: guide.push(tokens)]
             guide.guesses = guesses
@@ -100,7 +114,7 @@ class Answers:
         self._ranks[s.rank].update(s, output.token_ids)
         if begins:
             scores = (None, *known) if s.whole else None
-            output = replace(output, prompt_logprobs=scores, num_cached_tokens=s.hit)
+            output = replace(output, prompt_logprobs=scores, num_cached_tokens=s.hit, queue_seconds=s.queue_seconds)
             s.whole = False
         if output.finish_reason:
             self._finish(answer)
@@ -115,8 +129,11 @@ class Answers:
         return replace(output, text=text, finish_reason="error", error=FAULTS[fault])
 
     def _finish(self, answer: Answer) -> None:
+        self._ranks.finish(answer.sequence)
+        self._drop(answer)
+
+    def _drop(self, answer: Answer) -> None:
         s = answer.sequence
-        self._ranks.finish(s)
         answers = self._open[s.request.id]
         del answers[s.index]
         if not answers:
@@ -170,4 +187,5 @@ class Answers:
         )
         self._arrivals += 1
         stream = self._tokenizer.stream(p.skip_special_tokens)
-        return Answer(sequence, Completion(request, index, stream, self._eos_ids, limit - len(prompt)), guide, [])
+        completion = Completion(request, index, stream, self._eos_ids, limit - len(prompt))
+        return Answer(sequence, completion, guide, [], time.perf_counter())

@@ -115,14 +115,11 @@ class Engine:
         self._guides = Guides(tokenizer, cfg.vocab_size, sorted(self._eos_ids))
         self._shapes = self._make_shapes()
         pages = sizes.num_pages(cfg, options, model.embed.dtype)
-        make_pool = lambda: PagePool(pages, options.page_size, lookahead=min(1, self.drafts))  # noqa: E731
-        make_scheduler = lambda: Scheduler(make_pool(), self._limits())  # noqa: E731
+        self._make_pool = lambda: PagePool(pages, options.page_size, lookahead=min(1, self.drafts))
+        make_scheduler = lambda: Scheduler(self._make_pool(), self._limits())  # noqa: E731
         self._schedulers = Ranked(len(self._devices.here), make_scheduler)
-        slots, columns = options.max_num_seqs, -(-self.max_model_len // options.page_size)
-        self._table = SlotTable(slots, columns, self._eos_ids, self._devices)
-        self._packer = Packer(self.drafts, cfg.vocab_size, slots, self._devices)
-        self._state = empty_state(cfg, options, model.embed.dtype, self._devices)
-        self._load_seen = self._devices.fetch(self._state.load).view(np.uint32)
+        self._packer = Packer(self.drafts, cfg.vocab_size, options.max_num_seqs, self._devices)
+        self._empty()
         self._load_le = np.zeros(self._load_seen.shape[1:], np.int64)
         self._gate = make_gate(options, self._devices)
         self.counters = Counters(pages=pages * len(self._devices.here), accepted=[0] * self.drafts)
@@ -138,6 +135,7 @@ class Engine:
         self._company = False  # whether another process has answers to give
         self._aim: np.ndarray | None = None
         self._ongoing: Launched | None = None
+        self._said: list[Output] = []  # by a step that is being read
         self._came = 0.0  # when the step before was there
         self._round_seconds = PATIENCE  # what one takes
         self._programs = Programs(self._lower)
@@ -206,6 +204,20 @@ class Engine:
             self._together.leave()
             raise
 
+    def recover(self) -> list[Output]:
+        if self.many:
+            raise RuntimeError("processes that share a mesh can't go on after a failed step; start them again")
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._model)):
+            raise RuntimeError("the step failed while experts were moved, and their weights are lost; load them again")
+        self._ongoing = None
+        waiting = self._schedulers.restart(self._make_pool)
+        reason = f"the engine failed in a step: {self._failure!r}"
+        outputs = [*self._said, *self._answers.lose(waiting, reason)]
+        self._empty()
+        self._failure, self._said = None, []
+        self._note_moment()
+        return outputs
+
     def expert_load(self) -> np.ndarray:
         """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last. Counted on meshes alone.
 
@@ -227,10 +239,21 @@ class Engine:
         self._rebalancer.ways(slots_lx)
         self._aim = slots_lx
 
+    def _empty(self) -> None:
+        """What the device keeps of sequences, before there is one."""
+        cfg, options = self.cfg, self.options
+        columns = -(-self.max_model_len // options.page_size)
+        self._table = SlotTable(options.max_num_seqs, columns, self._eos_ids, self._devices)
+        self._state: State | Any = None  # there is no room for two
+        self._state = empty_state(cfg, options, self._model.embed.dtype, self._devices)
+        self._load_seen = self._devices.fetch(self._state.load).view(np.uint32)
+
     def _check_whole(self) -> None:
         """What a step that failed halfway has left can't be trusted: neither the plan nor the arrays it took over."""
         if self._failure is not None:
-            raise RuntimeError("the engine has failed in an earlier step; make another one") from self._failure
+            raise RuntimeError(
+                "the engine has failed in an earlier step; recover it, or make another one"
+            ) from self._failure
 
     def _step(self) -> list[Output]:
         clock = [time.perf_counter()]
@@ -245,7 +268,9 @@ class Engine:
         clock.append(time.perf_counter())
         if ongoing and not idle:
             self._round_seconds += 0.2 * ((clock[2] - self._came) / ongoing.rounds - self._round_seconds)
-        outputs = list(self._read(ongoing)) if ongoing else []
+        for output in self._read(ongoing) if ongoing else ():
+            self._said.append(output)
+        outputs, self._said = self._said, []
         if not self.busy:
             self._ongoing = None  # nobody wants to know
         self._count(*clock, idle_since=(self._came if ongoing else clock[0]) if idle else clock[1])
@@ -328,6 +353,7 @@ class Engine:
         """Tells the device of sequences that have got a slot; gives what it is still to be told of some."""
         marks = []
         for s in (chunk.sequence for chunk in chunks if chunk.first):
+            self._answers.begin(s)
             bias_u = self._guides.bias(s.request.params)
             self._table.start(s, biased=bias_u is not None)
             if bias_u is not None or s.request.params.penalizes:

@@ -5,8 +5,8 @@ import itertools
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from functools import partial
 from numbers import Integral
@@ -250,8 +250,17 @@ class LLM:
             begun = True
 
     def _step(self) -> None:
-        """A step for all; the caller holds the lock."""
-        for output in self.engine.step():
+        """A step for all; the caller holds the lock. If it fails, others are told that their answers are lost."""
+        try:
+            outputs = self.engine.step()
+        except BaseException:
+            with suppress(Exception):
+                self._hand_out(self.engine.recover())
+            raise
+        self._hand_out(outputs)
+
+    def _hand_out(self, outputs: Iterable[Output]) -> None:
+        for output in outputs:
             self._inboxes[output.request_id].append(output)
 
     def _forget(self) -> None:

@@ -3,7 +3,8 @@
 import heapq
 from collections.abc import Callable, Iterator
 
-from jaxserve.parallel.errors import RequestError
+from jaxserve.pages import PagePool
+from jaxserve.parallel.errors import QueueFullError, RequestError
 from jaxserve.scheduler import Limits, Plan, Room, Scheduler, Sequence
 
 
@@ -36,7 +37,10 @@ class Ranked:
         return self.ranks[rank]
 
     def check(self, count: int) -> None:
-        """Raises RequestError if there is no room for `count` sequences more: free slots, and places in the queue."""
+        """Raises QueueFullError if there is no room for `count` sequences more: free slots, and places in the queue.
+
+        RequestError if there never is.
+        """
         places, waiting = self.limits.queued, self.num_waiting
         free, slots = sum(rank.num_free for rank in self.ranks), self.limits.slots * len(self.ranks)
         if places is None:
@@ -44,7 +48,7 @@ class Ranked:
         if count > places + slots:
             raise RequestError(f"n = {count}: at most {places + slots} answers can run or wait at once")
         if waiting + count > places + free:
-            raise RequestError(
+            raise QueueFullError(
                 f"the queue is full: {waiting} answers wait, of {places} that may besides {free} that can start; "
                 f"{count} needed; try again later"
             )
@@ -60,6 +64,12 @@ class Ranked:
             heapq.heapify(self._waiting)
         else:
             self.ranks[s.rank].finish(s)
+
+    def restart(self, make_pool: Callable[[], PagePool]) -> set[Sequence]:
+        """Gives up all that run, with their pages and all that was cached; gives those that go on waiting."""
+        for rank in self.ranks:
+            rank.restart(make_pool())
+        return set(self._waiting).union(*(rank for rank in self.ranks))
 
     def allowed(self, rounds: int) -> int:
         """As many rounds, if the next step may have them on all ranks; else one."""

@@ -209,6 +209,7 @@ class Output:
     error: str | None = None  # what went wrong, if finish_reason is "error"
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first output, if asked for
     num_cached_tokens: int = 0  # of the prompt, computed by an earlier request
+    queue_seconds: float = 0.0  # with the first output: how long it waited to begin
 
 
 @dataclass

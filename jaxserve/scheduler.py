@@ -32,6 +32,7 @@ class Sequence:
     whole: bool = False  # no part of the prompt may come from the cache: its scores are asked for
     rank: int = 0  # whose slots and pages it uses
     hit: int = 0  # tokens of the prompt that were in the cache when it first started
+    queue_seconds: float = 0.0  # until then
     keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
 
     # What it holds while it runs; a preempted sequence starts again from nothing.
@@ -214,6 +215,12 @@ class Scheduler:
         self._stop(sequence)
         self.preemptions += 1
         heapq.heappush(self._waiting, sequence)
+
+    def restart(self, pool: PagePool) -> None:
+        """Gives up all that run, and takes another pool; who waits goes on waiting."""
+        self.pool, self.running = pool, []
+        self.reserved = sum(self._needed(s, s.limit) for s in self._waiting)
+        self._slots = list(reversed(range(self.limits.slots)))
 
     def _stop(self, s: Sequence) -> None:
         assert s.slot is not None

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from jaxserve.counters import Counters
 from jaxserve.request import Output, Request
 
@@ -47,6 +49,18 @@ class Serving(Protocol):
         """Advances every running request, and returns what has come; it may be a step that gives nothing yet.
 
         Each answer's last output, and no other, has a `finish_reason`. Raises what went wrong in it, and RuntimeError
-        ever after: answers that were open then are lost.
+        ever after, unless it recovers.
+        """
+        ...
+
+    def expert_load(self) -> np.ndarray:
+        """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last. Waits for what is launched."""
+        ...
+
+    def recover(self) -> list[Output]:
+        """Makes an engine whole again of which a step has failed.
+
+        Answers that ran are lost, each gets its last output, an error; those that wait go on waiting; what was cached
+        is forgotten. Raises RuntimeError if it can't be done, or what goes wrong in doing so.
         """
         ...

@@ -6,6 +6,7 @@
     ├── ShardingError      a mesh, or what is to lie where on it, cannot be as asked
     ├── ProcessError       a process that shares the mesh has left, or is set up otherwise
     └── RequestError       a prompt or a sampling parameter that the engine cannot serve
+        └── QueueFullError not now, because too many wait already
 
 All are ValueErrors too. Each says what is wrong, where, and what to do about it.
 """
@@ -33,3 +34,7 @@ class ProcessError(JaxserveError):
 
 class RequestError(JaxserveError):
     """A prompt or a sampling parameter that the engine cannot serve; nothing was queued."""
+
+
+class QueueFullError(RequestError):
+    """As many answers wait as may; the same request can be served later."""

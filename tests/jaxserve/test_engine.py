@@ -154,6 +154,53 @@ def test_after_a_step_that_failed_halfway_the_engine_says_so_and_why(make_engine
         assert isinstance(error.value.__cause__, MemoryError)
 
 
+@pytest.mark.parametrize("where", ["_launch", "_read"])
+def test_after_a_failed_step_answers_that_ran_are_errors_and_all_others_are_as_ever(make_engine, monkeypatch, where):
+    prompts = [[5 + i, 7, 11] for i in range(6)]  # two more than slots
+    whole = [tokens(o) for o in serve(make_engine(), prompts, greedy(12))]
+    engine = make_engine()
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(str(i), tuple(prompt), greedy(12)))
+    for _ in range(3):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, where, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    lost = engine.recover()
+    assert {(o.request_id, o.finish_reason) for o in lost} == {(str(i), "error") for i in range(4)}
+    assert "the engine failed in a step: ZeroDivisionError" in lost[0].error
+    said = {str(i): [] for i in (4, 5)}
+    while engine.busy:
+        for output in engine.step():
+            said[output.request_id] += output.token_ids
+    assert list(said.values()) == whole[4:]
+    assert [tokens(o) for o in serve(engine, prompts, greedy(12))] == whole
+    assert engine.counters.pages_used == 0
+
+
+def test_outputs_of_a_step_that_fails_while_it_is_read_are_not_lost(make_engine, monkeypatch):
+    engine = make_engine()
+    for i in range(3):
+        engine.add(Request(str(i), (5, 7 + i), greedy(2)))
+    grow = engine._answers.grow
+
+    def fail_after_one(*given):
+        yield next(iter(grow(*given)))
+        raise MemoryError
+
+    outputs = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._answers, "grow", fail_after_one)
+        with pytest.raises(MemoryError):
+            while True:
+                outputs += engine.step()
+    outputs += engine.recover()
+    assert sorted(o.request_id for o in outputs if o.finish_reason) == ["0", "1", "2"]
+    assert len([t for o in outputs for t in o.token_ids]) == 1
+    assert not engine.busy
+
+
 def test_an_id_is_refused_as_long_as_its_request_is_not_answered(make_engine):
     engine = make_engine()
     engine.add(Request("x", (5, 7), greedy(2)))

@@ -224,6 +224,20 @@ def test_a_request_that_fails_leaves_the_answers_of_the_others(tiny):
     assert not tiny.engine.busy
 
 
+def test_after_a_step_that_fails_the_caller_is_told_and_the_model_goes_on(tiny, monkeypatch):
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logit_bias={9: -100})
+    (before,) = tiny.generate([[5, 7, 11]], params)
+    other = tiny.stream([[5, 8]], params)
+    next(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.engine, "_launch", lambda plans: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny.generate([[5, 7, 11]], params)
+    assert [output.finish_reason for output in other][-1] == "error"
+    (after,) = tiny.generate([[5, 7, 11]], params)
+    assert after.outputs == before.outputs
+
+
 def test_a_stream_s_request_ids_are_the_numbers_of_its_prompts(tiny):
     for _ in range(2):
         pieces = list(tiny.stream([[5, 7], [3], [2, 4]], SamplingParams(temperature=0, max_tokens=3, n=2)))
