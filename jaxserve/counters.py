@@ -12,6 +12,8 @@ class Counters:
     running: int = 0  # now
     pages_used: int = 0  # now
     pages: int = 0  # in all
+    page_size: int = 0  # tokens of each
+    slots: int = 0  # answers that can run at once
     preemptions: int = 0
     prompt_tokens: int = 0  # of answers that have started
     cached_tokens: int = 0  # of those, found in the cache

@@ -122,7 +122,11 @@ class Engine:
         self._empty()
         self._load_le = np.zeros(self._load_seen.shape[1:], np.int64)
         self._gate = make_gate(options, self._devices)
-        self.counters = Counters(pages=pages * len(self._devices.here), accepted=[0] * self.drafts)
+        here = len(self._devices.here)
+        self.counters = Counters(
+            pages=pages * here, page_size=options.page_size, slots=options.max_num_seqs * here,
+            accepted=[0] * self.drafts,
+        )  # fmt: skip
         self._answers = Answers(
             ranks=self._schedulers,
             tokenizer=tokenizer,
@@ -244,7 +248,7 @@ class Engine:
         cfg, options = self.cfg, self.options
         columns = -(-self.max_model_len // options.page_size)
         self._table = SlotTable(options.max_num_seqs, columns, self._eos_ids, self._devices)
-        self._state: State | Any = None  # there is no room for two
+        self._state: Any = None  # there is no room for two
         self._state = empty_state(cfg, options, self._model.embed.dtype, self._devices)
         self._load_seen = self._devices.fetch(self._state.load).view(np.uint32)
 

@@ -19,6 +19,7 @@ class Serving(Protocol):
     """An engine, in this process or spread over many."""
 
     counters: Counters
+    max_model_len: int  # tokens of a prompt and its answer
 
     @property
     def memory(self) -> Memory: ...

@@ -109,6 +109,15 @@ class Tokenizer:
         """The vocabulary's spelling of a token (`Ġthe`, `▁the`, `<0x0A>`); None if there is none."""
         return self._backend.id_to_token(id)
 
+    def token_bytes(self, id: int) -> bytes:
+        """The UTF-8 of a token, of which several may make a character; nothing if there is no such token."""
+        token = self.id_to_token(id) or ""
+        if "ByteLevel" in self._decoder_kinds:
+            return _bytes(token)
+        if _BYTE.fullmatch(token):
+            return bytes([int(token[3:5].replace("+", "0"), 16)])
+        return _continue(self._decoder, [token]).encode()
+
     def to_json(self) -> str:
         """The content of a `tokenizer.json`, for libraries that read one."""
         return self._backend.to_str()

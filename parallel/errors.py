@@ -5,6 +5,7 @@
     ├── CheckpointError    files of weights or of the tokenizer are missing, damaged, or not those of the config
     ├── ShardingError      a mesh, or what is to lie where on it, cannot be as asked
     ├── ProcessError       a process that shares the mesh has left, or is set up otherwise
+    ├── EngineError        the engine has failed for good, or hangs
     └── RequestError       a prompt or a sampling parameter that the engine cannot serve
         └── QueueFullError not now, because too many wait already
 
@@ -30,6 +31,10 @@ class ShardingError(JaxserveError):
 
 class ProcessError(JaxserveError):
     """A process that shares the mesh has left, or was started with other settings."""
+
+
+class EngineError(JaxserveError):
+    """The engine has failed for good, or hangs: there will be no answer."""
 
 
 class RequestError(JaxserveError):

@@ -15,6 +15,7 @@ from jaxserve.cli.generate import generate
 from jaxserve.cli.info import info
 from jaxserve.cli.plan import plan
 from jaxserve.cli.quantize import quantize
+from jaxserve.cli.serve import serve
 from jaxserve.cli.show import notes
 from jaxserve.parallel.errors import JaxserveError
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich's help cuts the names of options where the terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, info, quantize, plan):
+for _command in (generate, serve, info, quantize, plan):
     app.command()(_command)
 app.command("eval")(evaluate)
 

@@ -1,0 +1,211 @@
+"""An engine that a thread of its own steps, for many callers in an event loop."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+from jaxserve.parallel.errors import EngineError
+from jaxserve.request import Output, Request
+from jaxserve.serving import Serving
+
+T = TypeVar("T")
+
+log = logging.getLogger("jaxserve.engine")
+
+FAILURES = 3
+"""Steps that may fail one after another; then the engine is given up."""
+LOOK = 0.1
+"""Seconds between two looks at whether the engine hangs."""
+
+
+class Observer(Protocol):
+    """Whoever wants to know what happens to requests, in the event loop."""
+
+    def began(self, request: Request) -> None: ...
+    def said(self, outputs: Sequence[Output]) -> None: ...
+    def left(self, request: Request) -> None:
+        """Nobody waits for it any more, whether it was answered or not."""
+        ...
+
+
+class AsyncEngine:
+    """Requests go to the engine's thread between two steps; what a step says comes back to the event loop at once.
+
+    If a step raises, the engine recovers: answers that ran end with an error. If it can't, or a step takes longer than
+    `patience`, the engine has failed for good: `failure` says why, all who wait get an EngineError, and whoever comes.
+    """
+
+    def __init__(self, engine: Serving, observer: Observer, patience: float = 60.0):
+        """Starts the thread. Belongs to the event loop that runs now."""
+        self.engine = engine
+        self.failure: EngineError | None = None
+        self.failed = asyncio.Event()
+        self._observer, self._patience = observer, patience
+        self._loop = asyncio.get_running_loop()
+        self._inboxes: dict[str, asyncio.Queue[Output | EngineError]] = {}
+        self._asked: set[asyncio.Future[Any]] = set()
+        self._todo: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopped = False
+        self._began: float | None = None  # the step that runs now
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        self._watch = self._loop.create_task(self._look_after())
+
+    # For callers, in the event loop.
+
+    @asynccontextmanager
+    async def submit(
+        self, requests: Sequence[Request], deadline: float | None = None
+    ) -> AsyncIterator[AsyncIterator[Output]]:
+        """What comes of some requests, which all begin or none; at the end, those that are not answered are aborted.
+
+        Raises RequestError if they can't be served, EngineError if the engine has failed, then or later, TimeoutError
+        when the event loop's clock says that the `deadline` is over.
+        """
+        inbox: asyncio.Queue[Output | EngineError] = asyncio.Queue()
+        self._inboxes |= {request.id: inbox for request in requests}
+        for request in requests:
+            self._observer.began(request)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self.ask(lambda: self._add(requests))
+            yield self._take(inbox, sum(request.params.n for request in requests), deadline)
+        finally:
+            for request in requests:
+                del self._inboxes[request.id]
+                self._observer.left(request)
+            self._tell(lambda: self._abort(requests))
+
+    async def ask(self, call: Callable[[], T]) -> T:
+        """What `call` returns, which the engine's thread makes between two steps."""
+        if self.failure:
+            raise self.failure
+        answer: asyncio.Future[T] = self._loop.create_future()
+        self._asked.add(answer)
+        answer.add_done_callback(self._asked.discard)
+
+        def run() -> None:
+            try:
+                result, error = call(), None
+            except Exception as raised:
+                result, error = None, raised
+            self._loop.call_soon_threadsafe(settle, answer, result, error)
+
+        self._tell(run)
+        return await answer
+
+    @property
+    def open(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._inboxes)
+
+    async def stop(self) -> None:
+        """Ends the thread after the step that it makes; one that hangs is left behind."""
+        self._watch.cancel()
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        if not self.failure:
+            await asyncio.to_thread(self._thread.join)
+
+    async def _take(
+        self, inbox: asyncio.Queue[Output | EngineError], answers: int, deadline: float | None
+    ) -> AsyncIterator[Output]:
+        while answers:
+            async with asyncio.timeout_at(deadline):
+                output = await inbox.get()
+            if isinstance(output, EngineError):
+                raise output
+            answers -= output.finish_reason is not None
+            yield output
+
+    def _hand_out(self, outputs: Sequence[Output]) -> None:
+        self._observer.said(outputs)
+        for output in outputs:
+            if inbox := self._inboxes.get(output.request_id):
+                inbox.put_nowait(output)
+
+    async def _look_after(self) -> None:
+        while not self.failure:
+            began = self._began
+            if began is not None and time.monotonic() - began > self._patience:
+                self._fail(f"a step has taken longer than {self._patience:g} s")
+            await asyncio.sleep(LOOK)
+
+    def _fail(self, why: str) -> None:
+        """Tells everybody that there will be no answer."""
+        if self.failure or self._stopped:
+            return
+        self.failure = EngineError(f"the engine has failed: {why}; start the server again")
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(self.failure)
+        for answer in list(self._asked):
+            settle(answer, None, self.failure)
+        self.failed.set()
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        with self._wake:
+            self._todo.append(call)
+            self._wake.notify()
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        failures = 0
+        try:
+            while self._wait():
+                while self._todo:
+                    self._todo.popleft()()
+                if self.engine.busy:
+                    failures = 0 if self._step() else failures + 1
+                    if failures == FAILURES:
+                        raise RuntimeError(f"{FAILURES} steps have failed one after another")
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._fail, repr(error))
+
+    def _wait(self) -> bool:
+        """Whether there is something to do; waits until there is, or the engine is stopped."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopped or self._todo or self.engine.busy)
+            return not self._stopped
+
+    def _step(self) -> bool:
+        """Makes a step, or what is left of it if it fails; whether it was a good one."""
+        self._began = time.monotonic()
+        try:
+            outputs, good = self.engine.step(), True
+        except Exception:
+            log.exception("a step failed; answers that ran are lost")
+            outputs, good = self.engine.recover(), False
+        self._began = None
+        if outputs:
+            self._loop.call_soon_threadsafe(self._hand_out, outputs)
+        return good
+
+    def _add(self, requests: Sequence[Request]) -> None:
+        try:
+            for request in requests:
+                self.engine.add(request)
+        except BaseException:
+            self._abort(requests)
+            raise
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.engine.abort(request.id)
+
+
+def settle(answer: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:
+    """Gives a future its result, or an error, unless nobody waits for it any more."""
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)

@@ -1,0 +1,171 @@
+"""`jaxserve serve`: the HTTP server."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from jaxserve.cli.devices import emulate
+from jaxserve.cli.options import (
+    DevicesOption,
+    DtypeOption,
+    KvCacheDtypeOption,
+    MaxModelLenOption,
+    MeshOption,
+    ModelArgument,
+    QuantizationOption,
+)  # fmt: skip
+from jaxserve.cli.show import notes, progress
+from jaxserve.parallel.errors import RequestError
+
+if TYPE_CHECKING:
+    from jaxserve.llm import LLM
+
+
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in, so give --api-key too.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="How clients call the model, several if repeated; else as it is given here."),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Only clients with this key are served, several if repeated.", envvar="JAXSERVE_API_KEY"),
+    ] = None,
+    max_model_len: MaxModelLenOption = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers generated together, on each device.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of a step.")] = 512,
+    max_num_queued: Annotated[
+        int, typer.Option(min=0, help="Answers that may wait besides; the next gets status 429.")
+    ] = 1024,
+    num_speculative_tokens: Annotated[
+        int | None,
+        typer.Option(help="Guesses a step, by the MTP module; without it, 1 if the model has one, on CPU 0."),
+    ] = None,
+    cache_gb: Annotated[float, typer.Option(min=0.001, help="Gigabytes of the cache at most, on each device.")] = 4.0,
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
+    devices: DevicesOption = None,
+    mesh: MeshOption = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A file with a Jinja template, instead of the model's."),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request; more gets status 413.")] = 8 << 20,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a request's prompt.")] = None,
+    max_answers: Annotated[int, typer.Option(min=1, help="Of a request: its prompts times n.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; also where a client names none.")] = None,
+    max_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests at once with the same key; the next gets status 429.")
+    ] = None,
+    request_timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds for a request; clients give less in X-Request-Timeout.")
+    ] = 600.0,
+    step_timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds for a step of the engine; if it takes longer, the server ends.")
+    ] = 60.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to finish what was accepted, after SIGTERM or Ctrl-C.")
+    ] = 60.0,
+    allowed_origin: Annotated[
+        list[str] | None, typer.Option(help="Another site whose pages may ask this server, several if repeated.")
+    ] = None,
+    log_requests: Annotated[bool, typer.Option(help="A line of JSON on standard error for each request.")] = True,
+    ssl_certfile: Annotated[Path | None, typer.Option(exists=True, help="Serve https with this certificate.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(exists=True, help="Its key.")] = None,
+    ssl_keyfile_password: Annotated[str | None, typer.Option(envvar="JAXSERVE_SSL_KEYFILE_PASSWORD")] = None,
+    ssl_ca_certs: Annotated[
+        Path | None, typer.Option(exists=True, help="Only clients with a certificate by these authorities.")
+    ] = None,
+) -> NoReturn:
+    """Serves a model over HTTP: OpenAI's API at /v1, a page at /, metrics at /metrics.
+
+    Ready when /health says so; until the model is loaded it answers 503. SIGTERM or Ctrl-C: what was accepted is
+    finished, what comes is refused; the second time, nothing is finished. Exits with 0 then, with 1 if the engine has
+    failed or the time to finish was not enough.
+
+    jaxserve serve
+
+    jaxserve serve Qwen/Qwen3-0.6B --quantization int8 --host 0.0.0.0 --api-key "$KEY"
+
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def quicksort(items):"}'
+
+    jaxserve serve --mesh 2x4 --max-num-seqs 4
+    """
+    from jaxserve.server.run import ServerOptions, serve
+    from jaxserve.server.service import Limits
+
+    if any(not key for key in api_key or ()):
+        raise RequestError("--api-key is empty; give a key, or leave it out to serve everybody")
+    tls = {
+        "ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "ssl_keyfile_password": ssl_keyfile_password,
+        "ssl_ca_certs": ssl_ca_certs,
+    }  # fmt: skip
+    if ssl_certfile is None and any(tls.values()):
+        raise RequestError("--ssl-… options need --ssl-certfile, the certificate to serve with")
+    options = ServerOptions(
+        names=served_model_name or [model or "embedded"],
+        host=host,
+        port=port,
+        keys=api_key or (),
+        origins=allowed_origin or (),
+        limits=Limits(
+            body_bytes=max_body_bytes,
+            prompt_tokens=max_prompt_tokens,
+            answers=max_answers,
+            max_tokens=max_tokens,
+            concurrency=max_concurrency,
+            seconds=request_timeout,
+        ),
+        step_timeout=step_timeout,
+        drain_timeout=drain_timeout,
+        tls={name: value for name, value in tls.items() if value is not None},
+    )
+    mesh = emulate(devices, mesh)
+
+    def load() -> "LLM":
+        from jaxserve.llm import LLM
+
+        with progress() as shown:
+            llm = LLM(
+                model,
+                progress=shown,
+                dtype=dtype,
+                quantization=quantization,
+                kv_cache_dtype=kv_cache_dtype,
+                mesh=mesh,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_num_queued=max_num_queued,
+                num_speculative_tokens=num_speculative_tokens,
+                cache_bytes=int(cache_gb * 2**30),
+            )
+        if chat_template:
+            llm.tokenizer.chat_templates = {"default": chat_template.read_text(encoding="utf-8")}
+        return llm
+
+    _log(log_requests)
+    status = serve(load, options, lambda url: notes.print(f"{options.names[0]} is served at {url}", soft_wrap=True))
+    sys.stderr.flush()
+    os._exit(status)  # a thread that loads or hangs can't be waited for
+
+
+def _log(requests: bool) -> None:
+    """Lines of JSON on standard error: warnings and errors, and requests if they are wanted."""
+    from jaxserve.server.access import JsonLines
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for name, level in {"jaxserve": logging.INFO if requests else logging.WARNING, "uvicorn": logging.WARNING}.items():
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)

@@ -1,0 +1,125 @@
+"""The application: which path is answered by whom."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxserve.parallel.errors import JaxserveError
+from jaxserve.server import chat, completions, probes
+from jaxserve.server.access import AccessLog
+from jaxserve.server.answering import respond
+from jaxserve.server.auth import Auth
+from jaxserve.server.errors import ApiError, decode, handle, json_response
+from jaxserve.server.openapi import describe
+from jaxserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from jaxserve.server.service import Service
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+STATIC = Path(str(files("jaxserve.server"))) / "static"
+ERRORS = (ApiError, JaxserveError, TimeoutError, HTTPException, ClientDisconnect, Exception)
+POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+
+
+def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> Starlette:
+    """The application of a service; `origins` are other sites whose pages may ask it."""
+    cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    return Starlette(
+        routes=_routes(service),
+        middleware=[
+            Middleware(AccessLog),
+            *([cors] if origins else []),
+            Middleware(Auth, keys=keys),
+            Middleware(SafeHeaders),
+        ],
+        exception_handlers={kind: handle for kind in ERRORS},
+        max_body_size=service.limits.body_bytes,
+    )
+
+
+def _routes(service: Service) -> list[Route | Mount]:
+    async def complete(http: Request) -> Response:
+        call = await completions.make_call(service, await read(http, CompletionRequest), f"cmpl-{http.state.id}")
+        return await respond(service, http, call)
+
+    async def converse(http: Request) -> Response:
+        call = await chat.make_call(service, await read(http, ChatRequest), f"chatcmpl-{http.state.id}")
+        return await respond(service, http, call)
+
+    async def tokenize(http: Request) -> Response:
+        return json_response(await probes.tokenize(service, await read(http, TokenizeRequest)))
+
+    async def detokenize(http: Request) -> Response:
+        return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest)))
+
+    async def show(http: Request) -> Response:
+        return json_response(await stats.read())
+
+    stats = probes.Stats(service)
+    description = describe(service)
+    return [
+        Route("/v1/completions", complete, methods=["POST"]),
+        Route("/v1/chat/completions", converse, methods=["POST"]),
+        Route("/v1/models", _get(lambda http: json_response(probes.models(service)))),
+        Route("/v1/models/{name:path}", _get(lambda http: json_response(probes.model(service, _name(http))))),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/health", _get(lambda http: probes.health(service))),
+        Route("/version", _get(lambda http: probes.version())),
+        Route("/metrics", _get(lambda http: probes.metrics(service))),
+        Route("/stats", show),
+        Route("/openapi.json", _get(lambda http: json_response(description))),
+        Route("/", _get(lambda http: FileResponse(STATIC / "index.html"))),
+        Mount("/static", StaticFiles(directory=STATIC)),
+    ]
+
+
+def _get(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(http: Request) -> Response:
+        return answer(http)
+
+    return endpoint
+
+
+def _name(http: Request) -> str:
+    return http.path_params["name"]
+
+
+async def read(http: Request, kind: type[Body]) -> Body:
+    """A request's body. Only JSON is taken: a form on another site's page can't send that."""
+    said = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if said != "application/json":
+        raise ApiError(415, f"Content-Type: {said or 'nothing'}: it must be application/json")
+    return decode(await http.body(), kind)
+
+
+class SafeHeaders:
+    """Headers that keep a page from what it doesn't need."""
+
+    HEADERS = {
+        b"content-security-policy": POLICY.encode(),
+        b"x-content-type-options": b"nosniff",
+        b"referrer-policy": b"no-referrer",
+    }
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def add(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *self.HEADERS.items()]
+            await send(message)
+
+        await self._app(scope, receive, add if scope["type"] == "http" else send)

@@ -1,0 +1,36 @@
+"""Who may ask: clients with one of the keys, if there are any."""
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jaxserve.server.errors import ApiError
+
+GUARDED = ("/v1/", "/tokenize", "/detokenize", "/stats")
+"""Paths that need a key; health, version and metrics are for machines that have none, and the page asks for it."""
+
+
+class Auth:
+    """Refuses requests without a key; notes which key it was, by its number."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]):
+        self._app, self._keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys and scope["path"].startswith(GUARDED):
+            said = Headers(scope=scope).get("authorization", "")
+            number = self._number(said.removeprefix("Bearer ").encode())
+            if number is None:
+                message = "no key, or a wrong one; send a key of this server as 'Authorization: Bearer KEY'"
+                headers = {"WWW-Authenticate": "Bearer"}
+                error = ApiError(401, message, code="invalid_api_key", headers=headers)
+                return await error.response()(scope, receive, send)
+            scope["state"]["key"] = scope["state"]["note"]["key"] = number
+        await self._app(scope, receive, send)
+
+    def _number(self, said: bytes) -> int | None:
+        """Compares with all keys, whichever it is: how long it takes tells nothing."""
+        same = [hmac.compare_digest(said, key) for key in self._keys]
+        return same.index(True) if any(same) else None

@@ -1,0 +1,99 @@
+"""What tells about the server: health, version, models, tokens, numbers for dashboards and for the page."""
+
+import asyncio
+import time
+from typing import Any
+
+import numpy as np
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from jaxserve import __version__
+from jaxserve.server.chat import render
+from jaxserve.server.errors import ApiError, json_response
+from jaxserve.server.protocol import ChatRequest, DetokenizeRequest, Model, Models, Text, TokenizeRequest, Tokens
+from jaxserve.server.service import Service
+
+
+def health(service: Service) -> Response:
+    """200 if requests are answered, else 503."""
+    return json_response({"status": service.state}, 200 if service.state == "ready" else 503)
+
+
+def version() -> Response:
+    return json_response({"version": __version__})
+
+
+def metrics(service: Service) -> Response:
+    return Response(service.loaded.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def models(service: Service) -> Models:
+    chat = bool(service.loaded.tokenizer.chat_templates)
+    return Models([Model(name, service.created, service.max_model_len, chat) for name in service.names])
+
+
+def model(service: Service, name: str) -> Model:
+    service.check_model(name)
+    return next(each for each in models(service).data if each.id == name)
+
+
+async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt and messages: give one of them", param="prompt")
+    if body.prompt is not None:
+        ids = await service.encode(body.prompt, body.add_special_tokens)
+    else:
+        chat = ChatRequest(messages=body.messages or [], add_generation_prompt=body.add_generation_prompt)
+        ids = await asyncio.to_thread(render, service.loaded.tokenizer, chat)
+    return Tokens(ids, len(ids), service.max_model_len)
+
+
+async def detokenize(service: Service, body: DetokenizeRequest) -> Text:
+    service.check_model(body.model)
+    return Text(await asyncio.to_thread(service.loaded.tokenizer.decode, body.tokens, False))
+
+
+class Stats:
+    """What the page shows. Experts' load is fetched from the device at most once a second."""
+
+    def __init__(self, service: Service):
+        self._service, self._began = service, time.monotonic()
+        self._load: np.ndarray | None = None
+        self._fetched = -1.0
+        self._fetching = asyncio.Lock()
+
+    async def read(self) -> dict[str, Any]:
+        engine, _, metrics = self._service.loaded
+        c = engine.engine.counters
+        return {
+            "model": self._service.names[0],
+            "state": self._service.state,
+            "uptime": round(time.monotonic() - self._began, 3),
+            "requests": {
+                "running": c.running, "waiting": c.waiting, "slots": c.slots, "finished": metrics.finished
+            },
+            "cache": {"used": c.pages_used, "pages": c.pages, "page_size": c.page_size},
+            "tokens": {"prompt": c.prompt_tokens, "cached": c.cached_tokens, "generated": c.generated_tokens},
+            "latency": metrics.percentiles(),
+            "drafts": {"rows": c.wide_rows, "accepted": c.accepted},
+            "experts": _experts(await self._expert_load()),
+            "steps": c.steps,
+            "preemptions": c.preemptions,
+            "compilations": {"warmup": c.compiled, "late": c.late_compiled},
+        }  # fmt: skip
+
+    async def _expert_load(self) -> np.ndarray | None:
+        engine = self._service.loaded.engine
+        async with self._fetching:
+            if time.monotonic() - self._fetched > 1.0 and not engine.failure:
+                self._load = await engine.ask(engine.engine.expert_load)
+                self._fetched = time.monotonic()
+        return self._load
+
+
+def _experts(load_le: np.ndarray | None) -> dict[str, Any] | None:
+    if load_le is None or load_le.shape[1] < 2:
+        return None
+    return {"layers": list(range(len(load_le))), "tokens": load_le.tolist()}

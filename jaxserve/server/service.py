@@ -1,0 +1,139 @@
+"""What all endpoints share: the model that is served, its limits, and who may ask how much at once."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from jaxserve.async_engine import AsyncEngine
+from jaxserve.parallel.errors import RequestError
+from jaxserve.request import Output, Request, SamplingParams
+from jaxserve.server.errors import ApiError
+from jaxserve.server.metrics import Metrics
+from jaxserve.tokenizer import Tokenizer
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a client may ask for; None: no limit but the engine's own."""
+
+    body_bytes: int = 8 << 20
+    prompt_tokens: int | None = None
+    answers: int = 128  # of one request: prompts times n
+    max_tokens: int | None = None  # of an answer
+    concurrency: int | None = None  # requests at once with the same key
+    seconds: float = 600.0  # of a request; clients may ask for less
+
+
+class Loaded(NamedTuple):
+    """What there is once the model is loaded."""
+
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    metrics: Metrics
+
+
+class Service:
+    """The model that is served. `state` is "loading" until it has what `ready` is given."""
+
+    def __init__(self, names: Sequence[str], limits: Limits):
+        """`names` are those that clients may call the model by; the first is its own."""
+        self.names, self.limits, self.created = list(names), limits, int(time.time())
+        self._loaded: Loaded | None = None
+        self._draining = False
+        self._busy: Counter[str | None] = Counter()  # requests by key
+        self.idle = asyncio.Event()  # no request is being answered
+        self.idle.set()
+
+    def ready(self, loaded: Loaded) -> None:
+        """The model is loaded and warm."""
+        self._loaded = loaded
+
+    @property
+    def state(self) -> State:
+        if self._loaded is None:
+            return "loading"
+        if self._loaded.engine.failure:
+            return "failed"
+        return "draining" if self._draining else "ready"
+
+    @property
+    def loaded(self) -> Loaded:
+        """Raises ApiError while there is nothing yet."""
+        if self._loaded is None:
+            raise ApiError(503, "the model is being loaded; try again", code="loading", headers={"Retry-After": "5"})
+        return self._loaded
+
+    @property
+    def max_model_len(self) -> int:
+        return self.loaded.engine.engine.max_model_len
+
+    async def drain(self) -> None:
+        """Refuses what comes; returns when all that was accepted is answered."""
+        self._draining = True
+        await self.idle.wait()
+
+    @asynccontextmanager
+    async def accepted(self, key: str | None) -> AsyncIterator[None]:
+        """A request of the owner of a key, while it is answered. Raises ApiError if it can't be now."""
+        if self._draining:
+            message = "the server is shutting down, and finishes only what it has begun; ask another one"
+            raise ApiError(503, message, code="draining", headers={"Retry-After": "5", "Connection": "close"})
+        most = self.limits.concurrency
+        if most is not None and self._busy[key] >= most:
+            message = f"{most} requests of yours are being answered, as many as may be at once; wait for one of them"
+            raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
+        self._busy[key] += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self._busy[key] -= 1
+            self._busy += Counter()  # forgets keys without any
+            if not self._busy:
+                self.idle.set()
+
+    def most_tokens(self, asked: int | None) -> int | None:
+        """Tokens of an answer, if a client asks for so many; None: as many as there may be."""
+        return self.limits.max_tokens if asked is None else asked
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.names:
+            message = f"model {name!r} is not served here; there is {', '.join(map(repr, self.names))}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Tokens of a text; long ones take time, which others must not wait for."""
+        return await asyncio.to_thread(self.loaded.tokenizer.encode, text, add_special_tokens)
+
+    async def check(self, requests: Sequence[Request]) -> None:
+        """Raises RequestError if one can't be served. Forms are compiled here, not in the engine's thread."""
+        count, most = sum(request.params.n for request in requests), self.limits.answers
+        if count > most:
+            raise RequestError(f"n = {count} answers, of all prompts together: at most {most} can be asked for at once")
+        for request in requests:
+            self._check_lengths(request.prompt_token_ids, request.params)
+            await asyncio.to_thread(self.loaded.engine.engine.check, request)
+
+    def _check_lengths(self, tokens: Sequence[int], params: SamplingParams) -> None:
+        longest, most = self.limits.prompt_tokens, self.limits.max_tokens
+        if longest is not None and len(tokens) > longest:
+            raise RequestError(f"prompt has {len(tokens)} tokens; this server takes {longest}; shorten it")
+        if most is not None and (params.max_tokens or 0) > most:
+            raise RequestError(f"max_tokens = {params.max_tokens}: this server gives {most} at most")
+
+    @asynccontextmanager
+    async def outputs(
+        self, requests: Sequence[Request], seconds: float | None
+    ) -> AsyncIterator[AsyncIterator[tuple[int, Output]]]:
+        """What comes of some requests, with the number of each; see `AsyncEngine.submit`."""
+        allowed = self.limits.seconds if seconds is None else min(seconds, self.limits.seconds)
+        deadline = asyncio.get_running_loop().time() + allowed
+        numbers = {request.id: number for number, request in enumerate(requests)}
+        async with self.loaded.engine.submit(requests, deadline) as outputs:
+            yield ((numbers[output.request_id], output) async for output in outputs)
