@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from jaxserve.parallel.errors import EngineError
@@ -19,6 +19,7 @@ log = logging.getLogger("jaxserve.engine")
 
 FAILURES = 3
 """Steps that may fail one after another; then the engine is given up."""
+FAILED = "the engine has failed, and the server ends:"
 LOOK = 0.1
 """Seconds between two looks at whether the engine hangs."""
 
@@ -95,7 +96,7 @@ class AsyncEngine:
                 result, error = call(), None
             except Exception as raised:
                 result, error = None, raised
-            self._loop.call_soon_threadsafe(settle, answer, result, error)
+            post(self._loop, settle, answer, result, error)
 
         self._tell(run)
         return await answer
@@ -135,14 +136,14 @@ class AsyncEngine:
         while not self.failure:
             began = self._began
             if began is not None and time.monotonic() - began > self._patience:
-                self._fail(f"a step has taken longer than {self._patience:g} s")
+                self.fail(f"{FAILED} a step has taken longer than {self._patience:g} s")
             await asyncio.sleep(LOOK)
 
-    def _fail(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """Tells everybody that there will be no answer."""
         if self.failure or self._stopped:
             return
-        self.failure = EngineError(f"the engine has failed: {why}; start the server again")
+        self.failure = EngineError(why)
         for inbox in self._inboxes.values():
             inbox.put_nowait(self.failure)
         for answer in list(self._asked):
@@ -167,7 +168,8 @@ class AsyncEngine:
                     if failures == FAILURES:
                         raise RuntimeError(f"{FAILURES} steps have failed one after another")
         except BaseException as error:
-            self._loop.call_soon_threadsafe(self._fail, repr(error))
+            log.exception("the engine has failed")
+            post(self._loop, self.fail, f"{FAILED} {error!r}")
 
     def _wait(self) -> bool:
         """Whether there is something to do; waits until there is, or the engine is stopped."""
@@ -185,7 +187,7 @@ class AsyncEngine:
             outputs, good = self.engine.recover(), False
         self._began = None
         if outputs:
-            self._loop.call_soon_threadsafe(self._hand_out, outputs)
+            post(self._loop, self._hand_out, outputs)
         return good
 
     def _add(self, requests: Sequence[Request]) -> None:
@@ -199,6 +201,12 @@ class AsyncEngine:
     def _abort(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.engine.abort(request.id)
+
+
+def post(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> None:
+    """Has an event loop make a call, from another thread; if it has ended, nobody wants to know."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
 
 
 def settle(answer: "asyncio.Future[Any]", result: Any, error: BaseException | None) -> None:

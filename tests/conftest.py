@@ -47,7 +47,8 @@ CACHED = type(functools.cache(lambda: None))
 @pytest.fixture(autouse=True)
 def optimization(request: pytest.FixtureRequest) -> Iterator[None]:
     """The engine's programs are those of users. Others run once or twice, and to optimize them would take longer."""
-    jax.config.update("jax_disable_most_optimizations", request.path.parent.name != "jaxserve")
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    jax.config.update("jax_disable_most_optimizations", folder != "jaxserve")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

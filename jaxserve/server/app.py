@@ -44,29 +44,30 @@ def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] 
             Middleware(SafeHeaders),
         ],
         exception_handlers={kind: handle for kind in ERRORS},
-        max_body_size=service.limits.body_bytes,
     )
 
 
 def _routes(service: Service) -> list[Route | Mount]:
     async def complete(http: Request) -> Response:
-        call = await completions.make_call(service, await read(http, CompletionRequest), f"cmpl-{http.state.id}")
+        body = await read(http, CompletionRequest, most)
+        call = await completions.make_call(service, body, f"cmpl-{http.state.id}")
         return await respond(service, http, call)
 
     async def converse(http: Request) -> Response:
-        call = await chat.make_call(service, await read(http, ChatRequest), f"chatcmpl-{http.state.id}")
+        body = await read(http, ChatRequest, most)
+        call = await chat.make_call(service, body, f"chatcmpl-{http.state.id}")
         return await respond(service, http, call)
 
     async def tokenize(http: Request) -> Response:
-        return json_response(await probes.tokenize(service, await read(http, TokenizeRequest)))
+        return json_response(await probes.tokenize(service, await read(http, TokenizeRequest, most)))
 
     async def detokenize(http: Request) -> Response:
-        return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest)))
+        return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest, most)))
 
     async def show(http: Request) -> Response:
         return json_response(await stats.read())
 
-    stats = probes.Stats(service)
+    most, stats = service.limits.body_bytes, probes.Stats(service)
     description = describe(service)
     return [
         Route("/v1/completions", complete, methods=["POST"]),
@@ -96,12 +97,17 @@ def _name(http: Request) -> str:
     return http.path_params["name"]
 
 
-async def read(http: Request, kind: type[Body]) -> Body:
-    """A request's body. Only JSON is taken: a form on another site's page can't send that."""
+async def read(http: Request, kind: type[Body], most: int) -> Body:
+    """A request's body, of so many bytes at most. Only JSON is taken: a form on another site's page can't send that."""
     said = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if said != "application/json":
         raise ApiError(415, f"Content-Type: {said or 'nothing'}: it must be application/json")
-    return decode(await http.body(), kind)
+    body = bytearray()
+    async for part in http.stream():
+        body += part
+        if len(body) > most:
+            raise ApiError(413, f"the body has more than {most} bytes, this server's limit (--max-body-bytes)")
+    return decode(bytes(body), kind)
 
 
 class SafeHeaders:

@@ -20,8 +20,8 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys and scope["path"].startswith(GUARDED):
-            said = Headers(scope=scope).get("authorization", "")
-            number = self._number(said.removeprefix("Bearer ").encode())
+            scheme, _, said = Headers(scope=scope).get("authorization", "").partition(" ")
+            number = self._number(said.strip().encode()) if scheme.lower() == "bearer" else None
             if number is None:
                 message = "no key, or a wrong one; send a key of this server as 'Authorization: Bearer KEY'"
                 headers = {"WWW-Authenticate": "Bearer"}

@@ -97,5 +97,4 @@ def _told(error: HTTPException) -> str:
     return {
         404: "there is no such path; /openapi.json lists those there are",
         405: "this path has other methods; /openapi.json lists them",
-        413: "the body is too large for this server (--max-body-bytes)",
     }.get(error.status_code, error.detail)

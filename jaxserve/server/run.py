@@ -1,7 +1,6 @@
 """A server's life: it listens, loads the model, serves, and ends as its supervisor expects."""
 
 import asyncio
-import logging
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from jaxserve.async_engine import AsyncEngine, settle
+from jaxserve.async_engine import AsyncEngine, post, settle
 from jaxserve.llm import LLM
 from jaxserve.parallel.errors import RequestError
 from jaxserve.server.app import make_app
@@ -25,8 +24,6 @@ DRAINED, FAILED = 0, 1
 
 GRACE = 5
 """Seconds for responses that are on their way when all is over."""
-
-log = logging.getLogger("jaxserve.server")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +77,18 @@ class Life:
 
     def __init__(self, load: Callable[[], LLM], options: ServerOptions, ready: Callable[[str], None]):
         self._load, self._options, self._ready = load, options, ready
-        self._service = Service(options.names, options.limits)
+        self.service = Service(options.names, options.limits)
 
     async def live(self, sock: socket.socket) -> int:
         """Answers from the first moment on, until the model is loaded with 503."""
         o, self._loop = self._options, asyncio.get_running_loop()
         self._end, self._hurry = asyncio.Event(), asyncio.Event()
-        app = make_app(self._service, o.keys, o.origins)
+        app = make_app(self.service, o.keys, o.origins)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=GRACE, **o.tls,
         )  # fmt: skip
-        server = Server(config, lambda: self._loop.call_soon_threadsafe(self._on_signal))
+        server = Server(config, self.end)
         serving = asyncio.create_task(server.serve([sock]))
         try:
             return await self._run(_url(sock, bool(o.tls)))
@@ -105,20 +102,16 @@ class Life:
             return DRAINED
         metrics = Metrics(lambda: llm.engine.counters, self._options.names[0])
         engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
-        self._service.ready(Loaded(engine, llm.tokenizer, metrics))
+        self.service.ready(Loaded(engine, llm.tokenizer, metrics))
         self._ready(url)
         await self._first(self._end.wait(), engine.failed.wait())
-        if not engine.failure:
-            await self._first(
-                self._service.drain(), engine.failed.wait(), self._hurry.wait(),
-                asyncio.sleep(self._options.drain_timeout),
-            )  # fmt: skip
-        if engine.failure:
-            log.error(str(engine.failure))
-            await self._first(self._service.drain(), asyncio.sleep(GRACE))  # everybody is being told
-        status = FAILED if engine.failure or not self._service.idle.is_set() else DRAINED
+        enough = asyncio.sleep(self._options.drain_timeout)
+        await self._first(self.service.drain(), engine.failed.wait(), self._hurry.wait(), enough)
+        if not self.service.idle.is_set():
+            engine.fail("the server was shut down before the answer was complete; ask another one")
+            await self._first(self.service.drain(), asyncio.sleep(GRACE))  # everybody is being told
         await engine.stop()
-        return status
+        return FAILED if engine.failure else DRAINED
 
     async def _first(self, *waits: Awaitable[Any]) -> Any:
         """What the first of several gives that is done; the others are given up."""
@@ -128,8 +121,9 @@ class Life:
             task.cancel()
         return next(task for task in tasks if task in done).result()
 
-    def _on_signal(self) -> None:
-        (self._hurry if self._end.is_set() else self._end).set()
+    def end(self) -> None:
+        """What a signal does; may be called in any thread."""
+        post(self._loop, lambda: (self._hurry if self._end.is_set() else self._end).set())
 
 
 def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
@@ -142,7 +136,7 @@ def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
             result, error = call(), None
         except BaseException as raised:
             result, error = None, raised
-        loop.call_soon_threadsafe(settle, answer, result, error)
+        post(loop, settle, answer, result, error)
 
     threading.Thread(target=run, daemon=True).start()
     return answer
