@@ -5,8 +5,9 @@ Plain Python and NumPy; grammars are llguidance's.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -145,18 +146,33 @@ def _grammar(form: StructuredOutputs) -> str:
     """The form as llguidance writes it."""
     try:
         if form.json_object:
-            return LLMatcher.grammar_from_json_schema({"type": "object"})
+            return LLMatcher.grammar_from_json_schema(schema_text({"type": "object"}))
         if form.json is not None:
             schema = json.loads(form.json) if isinstance(form.json, str) else dict(form.json)
-            return LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False))
+            return LLMatcher.grammar_from_json_schema(schema_text(schema))
         if form.regex is not None:
             return LLMatcher.grammar_from_regex(form.regex)
         if form.choice is not None:
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, form.choice)))
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(quoted, form.choice)))
         return LLMatcher.grammar_from_lark(form.grammar or "")
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"structured_outputs.{form.name} can't be followed: {error}") from None
 
 
-def _quoted(text: str) -> str:
+_WHITE_SPACE = r" |\r?\n[ \t]{0,40}"
+"""Between the tokens of JSON, where llguidance would let a model write white space for ever: what compact, spaced and
+indented texts have there."""
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON schema as llguidance reads it, with white space bounded unless its own `x-guidance` says how it is."""
+    schema = {} if schema is True else schema
+    own = schema.get("x-guidance", {}) if isinstance(schema, Mapping) else None
+    if isinstance(own, Mapping) and not own.keys() & {"whitespace_pattern", "whitespace_flexible"}:
+        schema = {**schema, "x-guidance": {**own, "whitespace_pattern": _WHITE_SPACE}}
+    return json.dumps(schema, allow_nan=False)
+
+
+def quoted(text: str) -> str:
+    """A text as Lark writes it."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # raw, it is no character of Lark's

@@ -298,11 +298,60 @@ def test_a_form_that_the_matcher_gives_up_allows_nothing_and_is_not_complete():
     assert not subject.over
 
 
+PEOPLE = {"type": "array", "items": SCHEMA | {"additionalProperties": True}}
+VALUE = [{"name": "Ann", "age": 3}, {"name": "", "age": 99, "more": {"deep": [1, [], {}], "b": None}}]
+
+
+def follows(text: str, **form) -> bool:
+    """Whether a text has the form, and is complete."""
+    ids = [*encoded(text), EOS]
+    return all(token in allowed(row) for token, row in zip(ids, guide(**form).bits(ids), strict=False))
+
+
+@pytest.mark.parametrize("indent", [None, 0, 1, 2, 4, 8, "\t"])
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (",", ": "), (" , ", " : ")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_json_may_be_compact_spaced_or_indented(indent, separators, end):
+    value = {"people": VALUE}
+    form = {"type": "object", "properties": {"people": PEOPLE}, "required": ["people"]}
+    separators = separators if indent is None else (separators[0].rstrip(), separators[1])
+    written = json.dumps(value, indent=indent, separators=separators).replace("\n", end)
+    assert follows(written, json=form)
+    assert follows(written, json=json.dumps(form))
+    assert follows(written, json_object=True)
+
+
+@pytest.mark.parametrize("form", [{"json": SCHEMA}, {"json_object": True}, {"json": "true"}, {"json": {}}])
+@pytest.mark.parametrize("space", ["  ", "\t", "\n\n", "\n" + 41 * " ", " \n"])
+def test_white_space_in_json_ends(form, space):
+    assert follows('{"name": "a", "age": 1}', **form)
+    assert not follows(f'{{{space}"name": "a", "age": 1}}', **form)
+    assert not follows(f'{{"name":{space}"a", "age": 1}}', **form)
+
+
+@pytest.mark.parametrize(
+    ("own", "compact", "spaced", "loose"),
+    [
+        ({}, True, True, False),
+        ({"coerce_one_of": True}, True, True, False),
+        ({"item_separator": ";"}, False, False, False),
+        ({"whitespace_flexible": False}, True, False, False),
+        ({"whitespace_flexible": True}, True, True, True),
+        ({"whitespace_pattern": " +"}, True, True, True),
+    ],
+)
+def test_a_schema_says_itself_how_llguidance_reads_it(own, compact, spaced, loose):
+    form = {"json": SCHEMA | {"x-guidance": own}}
+    written = ['{"name":"a","age":1}', '{"name": "a", "age": 1}', '{"name":   "a",   "age":   1}']
+    assert [follows(text, **form) for text in written] == [compact, spaced, loose]
+
+
 REFUSED = [
     ({"json": "{"}, "json", "Expecting property name"),
     ({"json": '{}, "x": 1'}, "json", "Extra data"),
     ({"json": "[1]"}, "json", "schema must be an object"),
     ({"json": {"type": "banana"}}, "json", "Invalid type: banana"),
+    ({"json": {"x-guidance": 1}}, "json", "invalid type"),
     ({"json": {"type": {1, 2}}}, "json", "set is not JSON serializable"),
     ({"json": {"const": float("nan")}}, "json", "not JSON compliant"),
     ({"json": {"not": {"type": "string"}}}, "json", 'Unimplemented keys: ["not"]'),
