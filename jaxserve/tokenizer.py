@@ -18,6 +18,7 @@ class Tokenizer:
 
     vocab_size: one more than the largest id. A model's embedding may have more rows; their ids decode to nothing.
     bos_id, eos_ids: the token that opens a text, if there is one, and those that end what a model says.
+    added, special: the texts that are a token wherever they stand, and those of them that `skip_special_tokens` skips.
     special_tokens: by name, as chat templates use them: `{"bos_token": "<s>", …}`.
     """
 
@@ -43,7 +44,8 @@ class Tokenizer:
         eos_id = self._named("eos_token")
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *([] if eos_id is None else [eos_id])]))
         added = backend.get_added_tokens_decoder().values()
-        self._special = frozenset(token.content for token in added if token.special)
+        self.added = frozenset(token.content for token in added)
+        self.special = frozenset(token.content for token in added if token.special)
         self._prepends_bos = add_bos and self.bos_id is not None and backend.encode("").ids[:1] != [self.bos_id]
         self._decoder = backend.decoder
         self._decoder_kinds = _checked_kinds(self._decoder)
@@ -162,7 +164,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._token = tokenizer.id_to_token
-        self._skipped = tokenizer._special if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special if skip_special_tokens else frozenset()
         self._text = _ByteText() if "ByteLevel" in tokenizer._decoder_kinds else _PieceText(tokenizer._decoder)
 
     def push(self, ids: Iterable[int]) -> str:

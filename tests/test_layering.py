@@ -12,12 +12,14 @@ FOLDERS = ("parallel", "layers", "checkpoints", "jaxserve")  # each may import i
 HOST = (
     "chat",
     "completion",
+    "marks",
     "pages",
     "ranked",
     "request",
     "scheduler",
     "serving",
     "tokenizer",
+    "tools",
 )  # plain Python, without JAX
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 

@@ -173,6 +173,12 @@ def test_special_tokens_are_skipped_or_shown():
     assert "".join(streamed(BYTE_LEVEL, [ids], skip=False)) == "<s>a<think></s>"
 
 
+def test_the_texts_that_are_a_token_wherever_they_stand_are_known():
+    tokenizer = Tokenizer(byte_level())
+    assert tokenizer.special == set(SPECIAL)
+    assert tokenizer.added == {*SPECIAL, "<think>", "<｜a b｜>", "<é>"}
+
+
 def test_streams_of_one_tokenizer_do_not_know_each_other():
     a, b = BYTE_LEVEL.stream(), BYTE_LEVEL.stream()
     first, *rest = ids_of(BYTE_LEVEL, "â", "Ĥ", "¬")
