@@ -35,9 +35,7 @@ class ToolFormat:
     begin: str
     inside: str  # with $name, $arguments and $index in their places
     end: str
-    reads: tuple[
-        str, ...
-    ]  # regular expressions of all that is taken as `inside`: name, arguments, and id if there is one
+    reads: tuple[str, ...]  # regular expressions of all that may stand inside: name, arguments, sometimes id
     opens: str = ""
     between: str = ""  # a call and the next
     closes: str = ""
@@ -74,7 +72,7 @@ class ToolFormat:
         """The call that this text between `begin` and `end` is, if it is one."""
         for pattern in self.reads:
             found = re.fullmatch(pattern, inside, re.DOTALL)
-            if found and _is_object(found["arguments"]):
+            if found and _is_json(found["arguments"]):
                 id = found.groupdict().get("id") or f"call_{secrets.token_hex(12)}"
                 return ToolCall(index, id, found["name"], found["arguments"])
         return None
@@ -192,7 +190,7 @@ class ToolParser:
 
     def _take_mark(self, mark: str) -> list[str | ToolCall]:
         if mark == self._format.begin:
-            self._within, self._quoted, self._seen = True, False, 0
+            self._within, self._seen = True, 0
         elif mark == self._format.opens:
             self._layout += mark
         elif mark == self._format.closes:
@@ -263,11 +261,12 @@ def chosen(functions: dict[str, dict[str, Any]], choice: Any) -> dict[str, dict[
     return {name: functions[name]}
 
 
-def _is_object(text: str) -> bool:
+def _is_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(text, parse_constant=_refuse), dict)
+        json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return False
+    return True
 
 
 def _refuse(constant: str) -> None:

@@ -103,7 +103,8 @@ def test_the_end_of_a_call_in_a_string_of_its_arguments_is_no_end(name):
     assert plain(parsed(format, text)) == plain(parsed(format, *text)) == [(0, "f", arguments)]
 
 
-BROKEN = ["", "{", "{}}", "[]", '"{}"', '{"a": }', "{'a': 1}", '{"a": NaN}', '{"a": "\n"}', '{"a":' * 50_000 + "1"]
+DEEP = 50_000 * '{"a":' + "1" + 50_000 * "}"
+BROKEN = ["", "{", "{}}", "[]", '"{}"', '{"a": }', "{'a': 1}", '{"a": NaN}', '{"a": "\n"}', DEEP]
 
 
 @each_format
@@ -138,6 +139,12 @@ def test_content_is_returned_as_it_comes_and_a_call_when_it_is_complete(name):
     assert plain([found]) == [(0, "f", "{}")]
     assert parser.push("\n") == []
     assert parser.finish() == []
+
+
+@each_format
+def test_content_may_follow_a_call_and_keeps_its_white_space_and_marks(name):
+    rest = f"\n And {SECTIONS[name][2]} so on. \n"
+    assert plain(parsed(NAMES[name], section(name, WRITERS[name]("f", "{}")) + rest)) == [(0, "f", "{}"), rest]
 
 
 @pytest.mark.parametrize(
