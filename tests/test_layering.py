@@ -15,6 +15,7 @@ HOST = (
     "marks",
     "pages",
     "ranked",
+    "reasoning",
     "request",
     "scheduler",
     "serving",

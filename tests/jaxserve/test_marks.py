@@ -47,3 +47,7 @@ def test_the_same_marks_are_found_however_the_text_comes(text, data):
 
 def test_a_mark_of_one_character_has_no_beginning():
     assert Marks(["a"]).cut("bcab") == Cut("bc", "a", "b")
+
+
+def test_all_that_may_be_the_beginning_of_a_mark_waits():
+    assert Marks(["aab"]).cut("xaaa") == Cut("xa", "", "aa")
