@@ -183,7 +183,7 @@ class ToolParser:
         return [rest] if rest.strip() or (rest and not self._after_call) else []
 
     def _take_content(self, text: str) -> list[str | ToolCall]:
-        said = (self._layout + text)[: len(self._layout) + len(text.rstrip())] if text.strip() else ""
+        said = self._layout + text.rstrip() if text.strip() else ""
         self._layout = (self._layout + text)[len(said) :]
         self._after_call = self._after_call and not said
         return [said] if said else []
