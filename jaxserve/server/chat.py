@@ -3,9 +3,11 @@
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Logprob, Output, Request
+from jaxserve.server import speech
 from jaxserve.server.protocol import (
     Candidate,
     ChatChoice,
@@ -17,10 +19,12 @@ from jaxserve.server.protocol import (
     Delta,
     Message,
     TokenLogprob,
+    ToolCall,
     Usage,
 )  # fmt: skip
 from jaxserve.server.sampling import sampling_params
 from jaxserve.server.service import Service
+from jaxserve.server.speech import Manner, Said
 from jaxserve.tokenizer import Tokenizer
 
 
@@ -33,9 +37,14 @@ async def make_call(service: Service, body: ChatRequest, id: str) -> "ChatCall":
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs has an effect only with logprobs; set it to true, or leave top_logprobs out")
     params = sampling_params(body, service.most_tokens(asked), (body.top_logprobs or 0) if body.logprobs else None)
-    ids = await asyncio.to_thread(render, service.loaded.tokenizer, body)
+    tokenizer = service.loaded.tokenizer
+    ids = await asyncio.to_thread(render, tokenizer, body)
+    manner = speech.manner(tokenizer, body, ids)
+    form = manner.form(body, params.structured_outputs, tokenizer.added)
+    skip = params.skip_special_tokens and not manner.shows_special
+    params = replace(params, structured_outputs=form, skip_special_tokens=skip)
     request = Request(id, tuple(ids), params, None, body.priority or 0)
-    return ChatCall(id, service.names[0], body, request, service.loaded.tokenizer)
+    return ChatCall(id, service.names[0], body, request, tokenizer, manner)
 
 
 def render(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
@@ -43,7 +52,8 @@ def render(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     return tokenizer.apply_chat_template(
-        body.messages,
+        speech.messages_of(tokenizer, body),
+        tools=speech.tools_of(body),
         add_generation_prompt=begins,
         continue_final_message=goes_on,
         chat_template_kwargs=body.chat_template_kwargs,
@@ -53,27 +63,35 @@ def render(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
 class ChatCall:
     """A request for a message; it has `n` choices."""
 
-    def __init__(self, id: str, model: str, body: ChatRequest, request: Request, tokenizer: Tokenizer):
+    def __init__(
+        self, id: str, model: str, body: ChatRequest, request: Request, tokenizer: Tokenizer, manner: Manner
+    ):  # fmt: skip
         self.requests, self.stream = [request], bool(body.stream)
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._said = {"id": id, "created": int(time.time()), "model": model}
         self._tokenizer, self._logprobs, self._top = tokenizer, bool(body.logprobs), body.top_logprobs or 0
         scores = lambda: ChatLogprobs([]) if self._logprobs else None  # noqa: E731
-        self._choices = [ChatChoice(index, Message(content=""), scores()) for index in range(request.params.n)]
+        self._choices = [ChatChoice(index, Message(), scores()) for index in range(request.params.n)]
+        hidden = body.skip_special_tokens is not False and manner.shows_special
+        self._speeches = [manner.speech(hidden) for _ in self._choices]
 
     def open(self) -> Sequence[ChatDelta]:
         return [ChatDelta(choice.index, Delta(role="assistant", content="")) for choice in self._choices]
 
     def grow(self, number: int, output: Output) -> Sequence[ChatDelta]:
-        whole = self._choices[output.index]
-        added = ChatDelta(output.index, Delta(content=output.text or None))
-        added.finish_reason, added.stop_reason = output.finish_reason, output.stop_reason
-        if whole.logprobs:
-            added.logprobs = ChatLogprobs(list(self._scores(output)))
-            whole.logprobs.content += added.logprobs.content
-        whole.message.content = (whole.message.content or "") + output.text
-        whole.finish_reason, whole.stop_reason = output.finish_reason, output.stop_reason
-        return [added] if output.text or output.finish_reason or (added.logprobs and added.logprobs.content) else ()
+        whole, reason = self._choices[output.index], output.finish_reason
+        said = self._speeches[output.index].push(output.text, last=reason is not None)
+        delta = Delta(
+            content=said.content or None, reasoning_content=said.reasoning or None, tool_calls=said.calls or None
+        )
+        _extend(whole.message, said, last=reason is not None)
+        reason = "tool_calls" if reason == "stop" and whole.message.tool_calls else reason
+        scores = ChatLogprobs(list(self._scores(output))) if whole.logprobs else None
+        if whole.logprobs and scores:
+            whole.logprobs.content += scores.content
+        whole.finish_reason, whole.stop_reason = reason, output.stop_reason
+        added = ChatDelta(output.index, delta, scores, reason, output.stop_reason)
+        return [added] if said or reason or (scores and scores.content) else ()
 
     def chunk(self, choices: Sequence[ChatDelta], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(**self._said, choices=list(choices), usage=usage)
@@ -89,3 +107,15 @@ class ChatCall:
 
     def _candidate(self, token: int, found: Logprob) -> Candidate:
         return Candidate(found.decoded_token, found.logprob, list(self._tokenizer.token_bytes(token)))
+
+
+def _extend(message: Message, said: Said, last: bool) -> None:
+    """Adds a piece; a call of a tool is whole, and has no index then."""
+    message.content = (message.content or "") + said.content
+    if said.reasoning:
+        message.reasoning_content = (message.reasoning_content or "") + said.reasoning
+    if said.calls:
+        whole = [ToolCall(call.id, call.type, call.function) for call in said.calls]
+        message.tool_calls = [*(message.tool_calls or ()), *whole]
+    if last and message.tool_calls:
+        message.content = message.content or None

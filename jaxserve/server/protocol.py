@@ -216,19 +216,19 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CalledFunction(msgspec.Struct, omit_defaults=True):
-    """A function's name, and its arguments as JSON; in chunks each comes once, arguments in parts."""
+    """A function's name, and its arguments as JSON."""
 
-    name: str | None = None
-    arguments: str = msgspec.field(default="")
+    name: str
+    arguments: str
 
 
 class ToolCall(msgspec.Struct, omit_defaults=True):
-    """A call, or what a chunk adds to it."""
+    """A call; a chunk has it whole."""
 
-    index: int | None = None  # in chunks
-    id: str | None = None
-    type: str | None = None
-    function: CalledFunction = msgspec.field(default_factory=CalledFunction)
+    id: str
+    type: str
+    function: CalledFunction
+    index: int | None = None  # among the answer's, in chunks
 
 
 class Message(msgspec.Struct):
@@ -236,6 +236,7 @@ class Message(msgspec.Struct):
 
     role: str = "assistant"
     content: str | None = None
+    reasoning_content: str | None = None  # DeepSeek's: what it thought before
     tool_calls: list[ToolCall] | None = None
 
 
@@ -254,6 +255,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
