@@ -223,7 +223,7 @@ class Engine:
         return outputs
 
     def expert_load(self) -> np.ndarray:
-        """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last. Counted on meshes alone.
+        """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last.
 
         Of many processes, all must ask.
         """

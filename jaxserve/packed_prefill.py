@@ -50,7 +50,7 @@ def prefill_packed(
     choice = choose(scores_su, start_s, jnp.zeros((len(rows_s), 0), jnp.int32), rows_s, slots, table, masks)
     count_s = (start_s >= 0).astype(jnp.int32)
     advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s)
-    state = State(advanced, out.cache, counted(state.load, out.load_le, ranks))
+    state = State(advanced, out.cache, counted(state.load, out.load_le))
     if drafts:
         chosen_s = gather(choice.tokens_sw[:, 0], ranks)
         following = packed._replace(tokens_t=pack.next_t.at[pack.last_s].set(chosen_s, mode="drop"))

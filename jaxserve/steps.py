@@ -32,7 +32,7 @@ class State(NamedTuple):
 
     slots: Slots
     cache: tuple[Any, ...]
-    load: Int[Array, "ranks l e"]  # tokens that each expert got so far, of MTP modules last; counted on ranks only
+    load: Int[Array, "ranks l e"]  # tokens that each expert got so far, of MTP modules last
 
 
 class Gate(NamedTuple):
@@ -99,7 +99,7 @@ def prefill(
     choice = choose(scores_su, start_s, none_sk, rows_s, slots, table, masks)
     count_s = (start_s >= 0).astype(jnp.int32)
     advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s, count_s)
-    state = State(advanced, out.cache, counted(state.load, out.load_le, ranks))
+    state = State(advanced, out.cache, counted(state.load, out.load_le))
     if drafts:
         following_t = pack.next_t.at[pack.last_a].set(choice.tokens_sw[:, 0], mode="drop")
         following, last = batch._replace(tokens_t=following_t), Rows(pack.last_a, rows_s)
@@ -161,7 +161,7 @@ def _verify(
     right_sk = (choice.tokens_sw[:, :-1] == guesses_sk) & (places_sw[:, 1:] >= 0)
     count_s = jnp.where(places_sw[:, 0] >= 0, 1 + jnp.cumprod(right_sk, axis=1, dtype=jnp.int32).sum(axis=1), 0)
     advanced = advance(slots, rows_s, table, choice.tokens_sw, start_s + 1, count_s)
-    state = State(advanced, out.cache, counted(state.load, out.load_le, ranks))
+    state = State(advanced, out.cache, counted(state.load, out.load_le))
     if drafts:
         kept_sw = jnp.arange(width)[None] < count_s[:, None]
         following = batch._replace(
@@ -208,7 +208,7 @@ def _follow(
     def only_follow(cache):
         cache = follow(model, model.mtp[0], hidden_td, following, cache, cfg)
         none_sk, load_e = jnp.zeros((len(rows_s), drafts), jnp.int32), jnp.zeros_like(state.load[0, 0])
-        return Guesses(cache, none_sk, jnp.full(len(rows_s), jnp.inf), load_e if ranks and cfg.experts else None)
+        return Guesses(cache, none_sk, jnp.full(len(rows_s), jnp.inf), load_e if cfg.experts else None)
 
     given = state.cache[at]
     made = guess(given) if idle is None else jax.lax.cond(idle, only_follow, guess, given)
@@ -227,10 +227,10 @@ def keep(state: State, made: Guesses, rows_s: Int[Array, " s"], cfg: Config) -> 
     return State(slots, (*state.cache[:at], made.cache, *state.cache[at + 1 :]), load)
 
 
-def counted(load: Array, load_le: Int[Array, "l e"], ranks: Ranks | None) -> Array:
-    """The load so far, with that of the model's own layers in one step; on a single device nobody wants it."""
+def counted(load: Array, load_le: Int[Array, "l e"]) -> Array:
+    """The load so far, with that of the model's own layers in one step."""
     layers = load_le.shape[0]
-    return load.at[0, :layers].add(load_le) if ranks and layers else load
+    return load.at[0, :layers].add(load_le) if layers else load
 
 
 @jax.named_scope("guess")
@@ -254,7 +254,7 @@ def guess_on(
         scores.append(logits(model, made[-1].hidden_td))
         guesses.append(sample(scores[-1], place_s + 1 + i, sampling))
     loads = [each.load_e for each in made if each.load_e is not None]
-    load_e = jnp.stack(loads).sum(axis=0) if ranks and loads else None
+    load_e = jnp.stack(loads).sum(axis=0) if loads else None
     return Guesses(made[-1].cache, jnp.stack(guesses, axis=1), entropy(scores[0]), load_e)
 
 

@@ -201,6 +201,19 @@ def test_outputs_of_a_step_that_fails_while_it_is_read_are_not_lost(make_engine,
     assert not engine.busy
 
 
+def test_the_load_of_experts_counts_each_computed_token_once_for_each_of_its_experts(make_engine):
+    engine = make_engine("deepseek_v3_plain", enable_prefix_caching=False)
+    before = engine.expert_load()
+    assert not before.any()
+    serve(engine, PROMPTS, greedy(12))
+    computed = sum(len(prompt) + 12 for prompt in PROMPTS)
+    experts = engine.cfg.experts
+    once = (engine.expert_load() - before).sum(axis=1)
+    assert len(once) == engine.cfg.mixtures
+    # The last token of an answer is computed only if a step was launched before it was known to be the last.
+    assert all((computed - len(PROMPTS)) * experts.per_token <= each <= computed * experts.per_token for each in once)
+
+
 def test_an_id_is_refused_as_long_as_its_request_is_not_answered(make_engine):
     engine = make_engine()
     engine.add(Request("x", (5, 7), greedy(2)))

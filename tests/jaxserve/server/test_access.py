@@ -1,0 +1,56 @@
+"""Log lines and ids of requests."""
+
+import json
+import logging
+
+import pytest
+
+from jaxserve.server.access import JsonLines
+from tests.jaxserve.server.conftest import eventually
+
+pytestmark = pytest.mark.xdist_group("server")
+
+
+@pytest.fixture
+def lines(caplog):
+    """The lines that were logged so far, as a program reads them."""
+    caplog.set_level(logging.INFO, "jaxserve.server")
+    return lambda: [json.loads(JsonLines().format(record)) for record in caplog.records]
+
+
+def test_a_request_has_a_line_with_what_it_used(server, lines):
+    with server.client() as http:
+        answer = http.post("/v1/completions", json={"prompt": "def f", "max_tokens": 3, "ignore_eos": True})
+    assert eventually(lines)
+    (line,) = lines()
+    assert (line["level"], line["message"], line["status"]) == ("info", "POST /v1/completions", 200)
+    assert line["id"] == answer.headers["X-Request-Id"]
+    assert answer.json()["id"] == f"cmpl-{line['id']}"
+    assert line["usage"]["completion_tokens"] == 3
+    assert 0 < line["first_byte_ms"] <= line["duration_ms"]
+
+
+def test_a_client_s_own_id_is_kept_if_it_can_stand_in_a_line(server, lines):
+    with server.client() as http:
+        assert http.get("/version", headers={"X-Request-Id": "mine-7"}).headers["X-Request-Id"] == "mine-7"
+        other = http.get("/version", headers={"X-Request-Id": "no; spaces"}).headers["X-Request-Id"]
+    assert len(other) == 32
+    assert eventually(lambda: len(lines()) == 2)
+    assert [line["id"] for line in lines()] == ["mine-7", other]
+
+
+def test_probes_are_not_logged(server, lines):
+    with server.client() as http:
+        for path in ("/health", "/metrics", "/stats", "/version"):
+            http.get(path)
+    assert eventually(lines)
+    assert [line["message"] for line in lines()] == ["GET /version"]
+
+
+def test_a_bug_is_logged_with_its_place_and_told_without_it(server, lines, monkeypatch):
+    monkeypatch.setattr(server.llm.tokenizer, "encode", lambda *_: 1 / 0)
+    with server.client() as http:
+        answer = http.post("/v1/completions", json={"prompt": "def f"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "the server has a bug (ZeroDivisionError); its log says more"
+    assert eventually(lambda: any("exception" in line for line in lines()))
