@@ -1,7 +1,7 @@
 // The live view of the engine: /stats, asked every second while somebody looks.
 
 import { HeatMap, Plot, duration, element, whole } from "./plots.js";
-import { Locked, request } from "./server.js";
+import { Fault, NoAnswer, request } from "./server.js";
 
 const EVERY = 1000; // milliseconds
 const PATIENCE = 3000;
@@ -43,27 +43,29 @@ export function watch(back) {
 }
 
 async function update() {
+  let stats;
   try {
     const response = await request("/stats", { signal: AbortSignal.timeout(PATIENCE) });
-    show(await response.json(), performance.now() / 1000);
+    stats = await response.json();
     unanswered = fault = null;
   } catch (error) {
     fault = error;
   }
   showSilence();
+  if (stats) show(stats, performance.now() / 1000);
 }
 
-/** Says that there is no answer once that lasts; at once if it is for want of a key. */
+/** Says what is wrong if the server does, and that it is silent once that lasts. */
 function showSilence() {
   const silence = unanswered === null ? 0 : performance.now() - unanswered;
-  const locked = fault instanceof Locked;
-  const away = locked || silence > PATIENCE;
+  const refused = fault instanceof Fault && !(fault instanceof NoAnswer);
+  const away = refused || silence > PATIENCE;
   page("engine").classList.toggle("away", away);
   page("away").hidden = !away;
   if (!away) return;
-  const since = locked ? "locked" : `no answer since ${Math.round(silence / 1000)} s`;
-  showState("away", since);
-  page("away").textContent = locked ? fault.message : `The server gives ${since}. This page asks on.`;
+  showState("away", refused ? "not ready" : `no answer since ${Math.round(silence / 1000)} s`);
+  const said = `${refused ? fault.message : "The server does not answer."} This page asks on.`;
+  if (page("away").textContent !== said) page("away").textContent = said; // it is read aloud once
 }
 
 function showState(state, text) {

@@ -30,7 +30,7 @@ function showModel() {
   const chat = page("mode").querySelector("[value=chat]");
   chat.disabled = !model.chat;
   chat.parentElement.title = model.chat ? "" : "This model has no chat template.";
-  if (!model.chat) setMode("complete");
+  setMode(model.chat ? (sessionStorage.getItem("mode") ?? "chat") : "complete");
 }
 
 function setMode(mode) {
@@ -59,7 +59,10 @@ function fill(text) {
 keepFields();
 setMode("chat");
 offerExamples();
-page("mode").addEventListener("change", ({ target }) => setMode(target.value));
+page("mode").addEventListener("change", ({ target }) => {
+  setMode(target.value);
+  sessionStorage.setItem("mode", target.value);
+});
 page("shade").addEventListener("change", ({ target }) => document.body.classList.toggle("shaded", target.checked));
 talk(findModel);
 watch(() => findModel().catch(() => {})); // what is wrong is said where the engine is shown, and with the next message

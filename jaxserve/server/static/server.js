@@ -3,8 +3,10 @@
 /** What went wrong, as a sentence for people. */
 export class Fault extends Error {}
 
-/** The server wants a key, and has none or a wrong one. */
-export class Locked extends Fault {}
+export class NoAnswer extends Fault {}
+
+/** The server wants a key, and was given none or a wrong one. */
+class Locked extends Fault {}
 
 /** The answer to GET, or to POST if there is a body. Without a key that the server takes, asks for one. */
 export async function ask(path, body, signal) {
@@ -31,7 +33,7 @@ export async function request(path, { body, signal } = {}) {
     response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault("The server does not answer.");
+    throw new NoAnswer("The server does not answer.");
   }
   if (response.status === 401) throw new Locked("The server wants a key.");
   if (!response.ok) throw new Fault(await complaint(response));

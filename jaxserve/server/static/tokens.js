@@ -90,7 +90,8 @@ export function readable(element) {
 function showCard(span) {
   const token = tokens.get(span);
   if (!token) return hideCard();
-  const rows = token.others.some(({ text }) => text === token.text) ? token.others : [token, ...token.others];
+  const rows = token.others.filter(({ text }) => text !== token.text).concat(token);
+  rows.sort((a, b) => b.logprob - a.logprob);
   card.replaceChildren(...rows.map((row) => rowOf(row, row.text === token.text)));
   card.hidden = false;
   span.setAttribute("aria-describedby", "card");

@@ -15,7 +15,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 STATIC = Path(__file__).parents[3] / "jaxserve" / "server" / "static"
-POLICY = {"Content-Security-Policy": "default-src 'self'"}
+POLICY = {"Content-Security-Policy": "default-src 'self'; form-action 'none'"}
 TOKENS = ["def", " add", "(", "a", ",", " b", "):", "\n", "   ", " return", " a", " +", " b", "\n"]
 
 
@@ -29,7 +29,6 @@ class Fake:
         self.delay = 0.0  # seconds before each token
         self.refusal: JSONResponse | None = None  # of requests for answers
         self.fault = ""  # amid a stream
-        self.away = False
         self.asked: list[dict[str, Any]] = []
         self.aborted = 0
         self.generated = 0
@@ -81,8 +80,6 @@ class Fake:
         yield "data: [DONE]\n\n"
 
     async def stats(self, request: Request) -> Response:
-        if self.away:
-            await asyncio.sleep(3600)
         if self.locked(request):
             return error("the key is wrong", 401)
         now = time.monotonic()
