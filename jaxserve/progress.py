@@ -6,10 +6,17 @@ from contextlib import contextmanager
 Progress = Callable[[str, int, int], None]
 """Told what goes on, how much of it is done, and how much there is.
 
-"loading" is in bytes, "compiling" in programs, "scoring" in items, "quantizing" in layers.
+"loading" is in bytes, "compiling" in programs, "scoring" in items, "quantizing" in layers, "warming up" and "asking" in
+requests.
 """
 
-_UNITS = {"compiling": "programs", "scoring": "items", "quantizing": "layers"}
+_UNITS = {
+    "compiling": "programs",
+    "scoring": "items",
+    "quantizing": "layers",
+    "warming up": "requests",
+    "asking": "requests",
+}
 
 
 @contextmanager

@@ -6,8 +6,9 @@
     ├── ShardingError      a mesh, or what is to lie where on it, cannot be as asked
     ├── ProcessError       a process that shares the mesh has left, or is set up otherwise
     ├── EngineError        the engine has failed for good, or hangs
-    └── RequestError       a prompt or a sampling parameter that the engine cannot serve
-        └── QueueFullError not now, because too many wait already
+    ├── RequestError       a prompt or a sampling parameter that the engine cannot serve
+    │   └── QueueFullError not now, because too many wait already
+    └── ServerError        a server that was asked is not there, refuses, or breaks off its answer
 
 All are ValueErrors too. Each says what is wrong, where, and what to do about it.
 """
@@ -43,3 +44,12 @@ class RequestError(JaxserveError):
 
 class QueueFullError(RequestError):
     """As many answers wait as may; the same request can be served later."""
+
+
+class ServerError(JaxserveError):
+    """A server that was asked is not there, refuses, or breaks off its answer; `kind` is for counting."""
+
+    def __init__(self, message: str, kind: str):
+        """`kind` is a few words that are the same for all failures of a kind, such as `HTTP 429`."""
+        super().__init__(message)
+        self.kind = kind

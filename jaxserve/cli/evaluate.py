@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from jaxserve.cli.options import DtypeOption, ModelArgument, QuantizationOption
+from jaxserve.cli.options import DtypeOption, ModelArgument, QuantizationOption, check_file
 from jaxserve.cli.show import print_table, progress
 from jaxserve.parallel.errors import RequestError
 
@@ -47,8 +47,7 @@ def evaluate(
     from jaxserve.checkpoints.hub import locate
     from jaxserve.evaluate import evaluate
 
-    if out and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise RequestError(f"--out {out}: it must be a file, in a folder that is there")
+    check_file("--out", out)
     some = suite.chosen_tasks(tasks.replace(" ", "").split(",") if tasks else None)
     other = None
     if against and Path(against).is_file():

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 import jaxserve
+from jaxserve.cli.bench import bench
 from jaxserve.cli.evaluate import evaluate
 from jaxserve.cli.generate import generate
 from jaxserve.cli.info import info
@@ -28,6 +29,7 @@ app = typer.Typer(
 for _command in (generate, serve, info, quantize, plan):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.add_typer(bench, name="bench")
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 

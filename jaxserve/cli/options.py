@@ -1,8 +1,11 @@
 """Options that several commands have."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from jaxserve.parallel.errors import RequestError
 
 PromptArgument = Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")]
 ModelArgument = Annotated[str | None, typer.Argument(help="Folder or hub name; without it, the embedded model.")]
@@ -47,3 +50,13 @@ CoordinatorOption = Annotated[
 ]
 NumProcessesOption = Annotated[int, typer.Option(min=1, help="How many processes share the mesh.")]
 ProcessIdOption = Annotated[int, typer.Option(min=0, help="Which of them this is, from 0.")]
+UrlOption = Annotated[
+    str | None, typer.Option(help="Ask the OpenAI-compatible server there, rather than a model in this process.")
+]
+ApiKeyOption = Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of the server, if it wants one.")]
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raises RequestError if what takes long could not be written there in the end."""
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise RequestError(f"{option} {path}: it must be a file, in a folder that is there")
