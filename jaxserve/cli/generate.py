@@ -73,7 +73,7 @@ def generate(
             join(coordinator, num_processes, process_id, devices, mesh)
         else:
             mesh = emulate(devices, mesh)
-        llm = _load(
+        llm = load_model(
             model,
             shown,
             dtype=dtype,
@@ -98,8 +98,8 @@ def _text(prompt: str) -> str:
         raise RequestError(f"standard input is not UTF-8 ({byte}); convert it, with iconv for example") from None
 
 
-def _load(model: str | None, progress: Any, **options: Any) -> "LLM":
-    """Loads a model for one prompt at a time."""
+def load_model(model: str | None, progress: Any, **options: Any) -> "LLM":
+    """A model for one prompt at a time."""
     from jaxserve.llm import LLM
 
     # One prompt needs few of the programs that many would.

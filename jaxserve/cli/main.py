@@ -11,6 +11,7 @@ from rich.text import Text
 
 import jaxserve
 from jaxserve.cli.bench import bench
+from jaxserve.cli.chat import chat
 from jaxserve.cli.evaluate import evaluate
 from jaxserve.cli.generate import generate
 from jaxserve.cli.info import info
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich's help cuts the names of options where the terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, serve, info, quantize, plan):
+for _command in (generate, chat, info, quantize, plan, serve):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
