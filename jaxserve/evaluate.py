@@ -4,13 +4,25 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jaxserve
+from jaxserve import echo
 from jaxserve.checkpoints.evaluation.statistics import Estimate
-from jaxserve.checkpoints.evaluation.suite import Difference, Evaluation, Measured, chance, measure, perplexity, score
+from jaxserve.checkpoints.evaluation.suite import (
+    Difference,
+    Evaluation,
+    Measured,
+    chance,
+    measure,
+    measure_by,
+    perplexity,
+    score,
+)
 from jaxserve.checkpoints.evaluation.tasks import Task
 from jaxserve.checkpoints.hf import read_json
-from jaxserve.checkpoints.hub import locate
+from jaxserve.checkpoints.hub import TOKENIZER_FILES, locate
+from jaxserve.client import Client
 from jaxserve.compilation import enable_cache
 from jaxserve.layers.config import Config
 from jaxserve.llm import check_vocabulary, open_checkpoint, resolve_dtype
@@ -38,22 +50,34 @@ def evaluate(
     checkpoint = open_checkpoint(folder)
     cfg = checkpoint.cfg
     weights = checkpoint.read(dtype=kind, int8=quantization is not None, progress=partial(progress, "loading"))
-    about = {
-        "model": model or "embedded",
-        "dtype": str(kind),
-        "quantization": quantization,
-        "limit": limit,
-        "python": platform.python_version(),
-        "jaxserve": jaxserve.__version__,
-    }
+    about = {"model": model or "embedded", "dtype": str(kind), "quantization": quantization, **_circumstances(limit)}
     return Evaluation(about, measure(weights, cfg, tokenizer.encode, some, limit, partial(progress, "scoring")))
 
 
+def evaluate_server(
+    client: Client, served: str | None, model: str | None, some: Sequence[Task], limit: int | None, progress: Progress
+) -> Evaluation:
+    """Puts tasks to the model that a server has by the name `served`, or to its first; `model` has its tokenizer.
+
+    Raises ServerError, or CheckpointError if there is no such tokenizer.
+    """
+    tokenizer, name = Tokenizer.from_folder(locate(model, TOKENIZER_FILES)), served or client.model()["id"]
+    ask = partial(echo.likelihoods, client, name, tokenizer.encode, show=partial(progress, "scoring"))
+    about = {"model": name, "url": client.url, "tokenizer": model or "embedded", **_circumstances(limit)}
+    return Evaluation(about, measure_by(ask, some, limit))
+
+
+def _circumstances(limit: int | None) -> dict[str, Any]:
+    """What else a score depends on."""
+    return {"limit": limit, "python": platform.python_version(), "jaxserve": jaxserve.__version__}
+
+
 def title(evaluation: Evaluation) -> str:
-    """Which model it was, in which dtype, on the library of which Python."""
+    """Which model it was, in which dtype or where, on the library of which Python."""
     about = evaluation.about
     rounded = ", matrices in INT8" if about.get("quantization") else ""
-    return f"{about.get('model')}, {about.get('dtype')}{rounded}, Python {about.get('python')}"
+    how = f" at {about['url']}" if "url" in about else f", {about.get('dtype')}{rounded}"
+    return f"{about.get('model')}{how}, Python {about.get('python')}"
 
 
 def note(*evaluations: Evaluation) -> str:

@@ -1,7 +1,7 @@
 """The tasks put to a model: its scores, kept item by item, so that two models can be compared on the same questions."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxserve.checkpoints.evaluation import statistics, tasks
@@ -52,9 +52,17 @@ def measure(
     show: Show = lambda done, total: None,
 ) -> dict[str, Measured]:  # fmt: skip
     """Puts tasks to a model, or the first `limit` items of each; `show` is told the items done and in all."""
+    return measure_by(lambda items: likelihoods(model, cfg, encode, items, show), some, limit)
+
+
+def measure_by(
+    ask: Callable[[Sequence[Item]], Sequence[Sequence[Likelihood]]], some: Sequence[Task] = TASKS,
+    limit: int | None = None,
+) -> dict[str, Measured]:  # fmt: skip
+    """Puts tasks to whatever knows the likelihood of each choice of each item."""
     asked = {task: tasks.items(task)[:limit] for task in some}
     every = list(dict.fromkeys(item for items in asked.values() for item in items))  # two tasks share theirs
-    found = dict(zip(every, likelihoods(model, cfg, encode, every, show), strict=True))
+    found = dict(zip(every, ask(every), strict=True))
     return {task.name: judge(task.scoring, items, [found[item] for item in items]) for task, items in asked.items()}
 
 

@@ -99,7 +99,7 @@ def serve(
         each = (workload.warmups(asks, warmup), asks)
         first, jobs = (prompts.jobs(client, some, endpoint, common, seed) for some in each)
         found = asyncio.run(load.run(AsyncClient(url, api_key, timeout), first, jobs, room, shown))
-    summary, title = report.summarize(found, bounds), f"{model} at {url}, {_manner(asks, rate, room)}"
+    summary, title = report.summarize(found, bounds), f"{model} at {client.url}, {_manner(asks, rate, room)}"
     _print(title, found, summary)
     if out:
         about = {"model": model, "options": _options(context), "date": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from jaxserve.cli.options import DtypeOption, ModelArgument, QuantizationOption, check_file
+from jaxserve.cli.options import ApiKeyOption, DtypeOption, ModelArgument, QuantizationOption, UrlOption, check_file
 from jaxserve.cli.show import print_table, progress
 from jaxserve.parallel.errors import RequestError
 
@@ -29,11 +29,17 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="So many items of each task, for a quick look.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write scores and all items to this file, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print scores as JSON, for programs.")] = False,
+    url: UrlOption = None,
+    served: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model's name at the server; else the first it lists.")
+    ] = None,
+    api_key: ApiKeyOption = None,
 ) -> None:
     """Scores a model on fourteen tasks of Python code, made from modules of the standard library.
 
     They are the modules held out from the embedded model's training. Of two models each item is compared with itself,
-    so that small differences show: A is the model, B the one to compare with.
+    so that small differences show: A is the model, B the one to compare with. A model behind a server (--url) is asked
+    over HTTP, with the tokenizer of the folder; the scores are the same.
 
     jaxserve eval
 
@@ -42,9 +48,11 @@ def evaluate(
     jaxserve eval path/to/model --quantization int8 --against path/to/model
 
     jaxserve eval --out float.json; jaxserve eval --quantization int8 --against float.json
+
+    jaxserve eval Qwen/Qwen3-0.6B --url http://127.0.0.1:8000 --limit 50
     """
     from jaxserve.checkpoints.evaluation import results, suite
-    from jaxserve.checkpoints.hub import locate
+    from jaxserve.checkpoints.hub import TOKENIZER_FILES, WANTED, locate
     from jaxserve.evaluate import evaluate
 
     check_file("--out", out)
@@ -55,16 +63,40 @@ def evaluate(
             raise RequestError(f"--against-quantization is for a model, and {against} is a file; leave it out")
         other = results.read(Path(against))
         suite.check_items(suite.fingerprints(some, limit), other)
+    both = other is None and bool(against or against_quantization)
+    _check_place(url, served, quantization, None if both else dtype)
     with progress() as shown:
-        for name in (model, against if other is None else None):
-            locate(name)  # a name that is wrong is told before the first is scored
-        found = evaluate(model, dtype, quantization, some, limit, shown)
+        locate(model, TOKENIZER_FILES if url else WANTED)  # a name that is wrong is told before the first is scored
+        if both:
+            locate(against or model)
+        found = (
+            _ask_server(url, api_key, served, model, some, limit, shown)
+            if url
+            else evaluate(model, dtype, quantization, some, limit, shown)
+        )
         if out:
             results.save(out, found)
-        if other is None and (against or against_quantization):
+        if both:
             int8 = "int8" if against_quantization == "int8" else None
             other = evaluate(against or model, dtype, int8, some, limit, shown)
     _print_evaluation(found, other, as_json)
+
+
+def _check_place(url: str | None, served: str | None, quantization: str | None, dtype: str | None) -> None:
+    """Raises RequestError for what has no meaning for a model at a server, or without one."""
+    if served and not url:
+        raise RequestError(f"--model {served} is a name at a server; give --url too, or a folder without --model")
+    here = {"--quantization": quantization, "--dtype": None if dtype == "auto" else dtype}
+    if url and (given := [name for name, value in here.items() if value]):
+        raise RequestError(f"{given[0]} is for a model in this process; leave it out, or --url")
+
+
+def _ask_server(url: str, api_key: str | None, *asked: Any) -> "Evaluation":
+    from jaxserve.client import Client
+    from jaxserve.evaluate import evaluate_server
+
+    with Client(url, api_key) as client:
+        return evaluate_server(client, *asked)
 
 
 def _print_evaluation(found: "Evaluation", other: "Evaluation | None", as_json: bool) -> None:

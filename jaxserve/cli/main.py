@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich's help cuts the names of options where the terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, info, quantize, plan, serve):
+for _command in (generate, chat, serve, info, quantize, plan):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")

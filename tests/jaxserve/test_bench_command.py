@@ -47,7 +47,7 @@ def test_a_trace_is_put_as_chat_when_its_requests_are_due(tmp_path):
     fake = Fake()
     given = "--trace", str(tmp_path / "trace"), "--endpoint", "chat", "--warmup", "0", "--no-ignore-eos"
     with serving(fake.app()) as url:
-        result = run("bench", "serve", "--url", url, "--model", "mine", *given)
+        result = run("bench", "serve", "--url", f"{url}/v1/", "--model", "mine", *given)
     assert result.stdout.splitlines()[0] == f"mine at {url}, as the trace says"
     body = {"model": "mine", "temperature": 0.0, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
     assert fake.asked == [body | {"stream": True, "stream_options": {"include_usage": True}}] * 2

@@ -179,6 +179,10 @@ def test_eval_refuses_what_was_kept_of_other_items_before_it_loads_a_model(tmp_p
         (("eval", "--limit", "0"), "Invalid value for '--limit'"),
         (("eval", "--out", "nowhere/a.json"), "--out nowhere/a.json: "),
         (("eval", "--against", "pyproject.toml"), "pyproject.toml holds no results"),
+        (("eval", "--url", "http://127.0.0.1:1"), "no server at http://127.0.0.1:1"),
+        (("eval", "--model", "x"), "--model x is a name at a server; give --url too"),
+        (("eval", "--url", "x", "--quantization", "int8"), "--quantization is for a model in this process; leave it"),
+        (("eval", "--url", "x", "--dtype", "float32"), "--dtype is for a model in this process; leave it out"),
         (("eval", "--against", "Makefile", "--against-quantization", "int8"), "--against-quantization is for a model"),
     ],
 )
