@@ -4,12 +4,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from jaxserve.parallel.errors import EngineError
+from jaxserve.parallel.errors import EngineError, RequestError
 from jaxserve.request import Output, Request
 from jaxserve.serving import Serving
 
@@ -70,7 +70,10 @@ class AsyncEngine:
         when the event loop's clock says that the `deadline` is over.
         """
         inbox: asyncio.Queue[Output | EngineError] = asyncio.Queue()
-        self._inboxes |= {request.id: inbox for request in requests}
+        ids = [request.id for request in requests]
+        if taken := self._inboxes.keys() & ids or [id for id, count in Counter(ids).items() if count > 1]:
+            raise RequestError(f"request id {min(taken)!r} is taken by a request that is not answered yet")
+        self._inboxes |= dict.fromkeys(ids, inbox)
         for request in requests:
             self._observer.began(request)
         try:

@@ -1,5 +1,6 @@
 """The application: which path is answered by whom."""
 
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.parallel.errors import JaxserveError
 from jaxserve.server import chat, completions, probes
-from jaxserve.server.access import AccessLog
+from jaxserve.server.access import AccessLog, note
 from jaxserve.server.answering import respond
 from jaxserve.server.auth import Auth
 from jaxserve.server.errors import ApiError, decode, handle, json_response
@@ -50,12 +51,12 @@ def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] 
 def _routes(service: Service) -> list[Route | Mount]:
     async def complete(http: Request) -> Response:
         body = await read(http, CompletionRequest, most)
-        call = await completions.make_call(service, body, f"cmpl-{http.state.id}")
+        call = await completions.make_call(service, body, _new_id(http, "cmpl"))
         return await respond(service, http, call)
 
     async def converse(http: Request) -> Response:
         body = await read(http, ChatRequest, most)
-        call = await chat.make_call(service, body, f"chatcmpl-{http.state.id}")
+        call = await chat.make_call(service, body, _new_id(http, "chatcmpl"))
         return await respond(service, http, call)
 
     async def tokenize(http: Request) -> Response:
@@ -65,9 +66,12 @@ def _routes(service: Service) -> list[Route | Mount]:
         return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest, most)))
 
     async def show(http: Request) -> Response:
-        return json_response(await stats.read())
+        return json_response(await probes.stats(service))
 
-    most, stats = service.limits.body_bytes, probes.Stats(service)
+    async def measure(http: Request) -> Response:
+        return await probes.metrics(service)
+
+    most = service.limits.body_bytes
     description = describe(service)
     return [
         Route("/v1/completions", complete, methods=["POST"]),
@@ -78,7 +82,7 @@ def _routes(service: Service) -> list[Route | Mount]:
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/health", _get(lambda http: probes.health(service))),
         Route("/version", _get(lambda http: probes.version())),
-        Route("/metrics", _get(lambda http: probes.metrics(service))),
+        Route("/metrics", measure),
         Route("/stats", show),
         Route("/openapi.json", _get(lambda http: json_response(description))),
         Route("/", _get(lambda http: FileResponse(STATIC / "index.html"))),
@@ -91,6 +95,13 @@ def _get(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable
         return answer(http)
 
     return endpoint
+
+
+def _new_id(http: Request, kind: str) -> str:
+    """Of an answer; a client's own id of its request may be that of others too."""
+    id = f"{kind}-{uuid.uuid4().hex}"
+    note(http, answer=id)
+    return id
 
 
 def _name(http: Request) -> str:

@@ -77,6 +77,10 @@ class Metrics:
         self._registry.register(EngineCollector(counters, self._labels))
         ProcessCollector(registry=self._registry)
 
+    def watch_load(self, load: Callable[[], np.ndarray | None]) -> None:
+        """From now on, shows what experts get, too."""
+        self._registry.register(LoadCollector(load, self._labels))
+
     def text(self) -> bytes:
         """What `/metrics` says."""
         return generate_latest(self._registry)
@@ -202,3 +206,21 @@ class EngineCollector(Collector):
         for each, value in values.items():
             family.add_metric([*self._labels.values(), each], value)
         return family
+
+
+class LoadCollector(Collector):
+    """How evenly the tokens were spread over the experts."""
+
+    def __init__(self, load: Callable[[], np.ndarray | None], labels: dict[str, str]):
+        self._load, self._labels = load, labels
+
+    def collect(self) -> Iterator[Metric]:
+        load_le = self._load()
+        if load_le is None:
+            return
+        text = "Tokens of a layer's most loaded expert, over the mean of its experts; 1 is even."
+        family = GaugeMetricFamily("jaxserve:expert_load_imbalance", text, labels=(*self._labels, "layer"))
+        for layer, load_e in enumerate(load_le):
+            if load_e.any():
+                family.add_metric([*self._labels.values(), str(layer)], load_e.max() / load_e.mean())
+        yield family

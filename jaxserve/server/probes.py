@@ -4,7 +4,6 @@ import asyncio
 import time
 from typing import Any
 
-import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
@@ -24,7 +23,8 @@ def version() -> Response:
     return json_response({"version": __version__})
 
 
-def metrics(service: Service) -> Response:
+async def metrics(service: Service) -> Response:
+    await service.loaded.load.read()
     return Response(service.loaded.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -55,45 +55,21 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Text:
     return Text(await asyncio.to_thread(service.loaded.tokenizer.decode, body.tokens, False))
 
 
-class Stats:
-    """What the page shows. Experts' load is fetched from the device at most once a second."""
-
-    def __init__(self, service: Service):
-        self._service, self._began = service, time.monotonic()
-        self._load: np.ndarray | None = None
-        self._fetched = -1.0
-        self._fetching = asyncio.Lock()
-
-    async def read(self) -> dict[str, Any]:
-        engine, _, metrics = self._service.loaded
-        c = engine.engine.counters
-        return {
-            "model": self._service.names[0],
-            "state": self._service.state,
-            "uptime": round(time.monotonic() - self._began, 3),
-            "requests": {
-                "running": c.running, "waiting": c.waiting, "slots": c.slots, "finished": metrics.finished
-            },
-            "cache": {"used": c.pages_used, "pages": c.pages, "page_size": c.page_size},
-            "tokens": {"prompt": c.prompt_tokens, "cached": c.cached_tokens, "generated": c.generated_tokens},
-            "latency": metrics.percentiles(),
-            "drafts": {"rows": c.wide_rows, "accepted": c.accepted},
-            "experts": _experts(await self._expert_load()),
-            "steps": c.steps,
-            "preemptions": c.preemptions,
-            "compilations": {"warmup": c.compiled, "late": c.late_compiled},
-        }  # fmt: skip
-
-    async def _expert_load(self) -> np.ndarray | None:
-        engine = self._service.loaded.engine
-        async with self._fetching:
-            if time.monotonic() - self._fetched > 1.0 and not engine.failure:
-                self._load = await engine.ask(engine.engine.expert_load)
-                self._fetched = time.monotonic()
-        return self._load
-
-
-def _experts(load_le: np.ndarray | None) -> dict[str, Any] | None:
-    if load_le is None or load_le.shape[1] < 2:
-        return None
-    return {"layers": list(range(len(load_le))), "tokens": load_le.tolist()}
+async def stats(service: Service) -> dict[str, Any]:
+    """What the page shows."""
+    engine, _, metrics, load = service.loaded
+    load_le, c = await load.read(), engine.engine.counters
+    return {
+        "model": service.names[0],
+        "state": service.state,
+        "uptime": round(time.time() - service.created, 3),
+        "requests": {"running": c.running, "waiting": c.waiting, "slots": c.slots, "finished": metrics.finished},
+        "cache": {"used": c.pages_used, "pages": c.pages, "page_size": c.page_size},
+        "tokens": {"prompt": c.prompt_tokens, "cached": c.cached_tokens, "generated": c.generated_tokens},
+        "latency": metrics.percentiles(),
+        "drafts": {"rows": c.wide_rows, "accepted": c.accepted},
+        "experts": None if load_le is None else {"layers": list(range(len(load_le))), "tokens": load_le.tolist()},
+        "steps": c.steps,
+        "preemptions": c.preemptions,
+        "compilations": {"warmup": c.compiled, "late": c.late_compiled},
+    }

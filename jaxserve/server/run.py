@@ -14,6 +14,7 @@ from jaxserve.async_engine import AsyncEngine, post, settle
 from jaxserve.llm import LLM
 from jaxserve.parallel.errors import RequestError
 from jaxserve.server.app import make_app
+from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.service import Limits, Loaded, Service
 
@@ -102,7 +103,9 @@ class Life:
             return DRAINED
         metrics = Metrics(lambda: llm.engine.counters, self._options.names[0])
         engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
-        self.service.ready(Loaded(engine, llm.tokenizer, metrics))
+        load = ExpertLoad(engine)
+        metrics.watch_load(lambda: load.last)
+        self.service.ready(Loaded(engine, llm.tokenizer, metrics, load))
         self._ready(url)
         await self._first(self._end.wait(), engine.failed.wait())
         enough = asyncio.sleep(self._options.drain_timeout)

@@ -12,6 +12,7 @@ from jaxserve.async_engine import AsyncEngine
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Output, Request, SamplingParams
 from jaxserve.server.errors import ApiError
+from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
 from jaxserve.tokenizer import Tokenizer
 
@@ -36,6 +37,7 @@ class Loaded(NamedTuple):
     engine: AsyncEngine
     tokenizer: Tokenizer
     metrics: Metrics
+    load: ExpertLoad
 
 
 class Service:

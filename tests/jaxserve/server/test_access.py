@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_a_request_has_a_line_with_what_it_used(server, lines):
     (line,) = lines()
     assert (line["level"], line["message"], line["status"]) == ("info", "POST /v1/completions", 200)
     assert line["id"] == answer.headers["X-Request-Id"]
-    assert answer.json()["id"] == f"cmpl-{line['id']}"
+    assert answer.json()["id"] == line["answer"]
     assert line["usage"]["completion_tokens"] == 3
     assert 0 < line["first_byte_ms"] <= line["duration_ms"]
 
@@ -37,6 +38,21 @@ def test_a_client_s_own_id_is_kept_if_it_can_stand_in_a_line(server, lines):
     assert len(other) == 32
     assert eventually(lambda: len(lines()) == 2)
     assert [line["id"] for line in lines()] == ["mine-7", other]
+
+
+def test_clients_with_the_same_id_get_their_own_answers(server):
+    body = {"max_tokens": 20, "temperature": 0, "ignore_eos": True, "n": 2}
+    prompts = ["def quicksort(items):", "import os"] * 3
+
+    def ask(prompt):
+        with server.client() as http:
+            return http.post("/v1/completions", json=body | {"prompt": prompt}, headers={"X-Request-Id": "same"}).json()
+
+    alone = [ask(prompt)["choices"] for prompt in prompts[:2]]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, prompts))
+    assert [answer["choices"] for answer in answers] == alone * 3
+    assert len({answer["id"] for answer in answers}) == 6
 
 
 def test_probes_are_not_logged(server, lines):

@@ -90,7 +90,8 @@ def test_a_step_that_hangs_ends_the_server_and_everybody_is_told_at_once(make_ll
         codes = set()
         while not server.statuses:
             try:
-                codes.add((http.get("/health").status_code, http.get("/health").json()["status"]))
+                health = http.get("/health")
+                codes.add((health.status_code, health.json()["status"]))
             except httpx2.HTTPError:  # it has ended
                 break
         whole, waiting, streamed = [each.result() for each in asked]
@@ -275,8 +276,8 @@ def test_while_the_model_is_loaded_the_server_says_so(make_llm):
 
 def test_a_server_that_is_to_end_while_it_loads_does_not_wait_for_that():
     go = threading.Event()
-    with starting(lambda: go.wait(PATIENCE)) as server:
-        pass
+    with starting(lambda: go.wait(PATIENCE)) as server, server.client() as http:
+        assert http.get("/health").status_code == 503
     assert server.statuses == [0]
     go.set()
 

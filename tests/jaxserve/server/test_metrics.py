@@ -123,6 +123,9 @@ def test_over_http_the_numbers_are_those_of_what_was_asked(server):
     assert stats["latency"]["end_to_end"]["p99"] > 0
     assert stats["requests"] == {"running": 0, "waiting": 0, "slots": 16, "finished": stats["requests"]["finished"]}
     load = stats["experts"]["tokens"]
+    shares = [max(layer) / (sum(layer) / len(layer)) for layer in load if sum(layer)]
+    shown = [v for name, v in after.items() if name.startswith("jaxserve:expert_load_imbalance")]
+    assert shown == pytest.approx(shares)
     assert len(load) == len(stats["experts"]["layers"]) == server.llm.engine.cfg.mixtures
     assert sum(load[0]) > 0 and sum(load[0]) % server.llm.engine.cfg.experts.per_token == 0
 

@@ -1,0 +1,37 @@
+"""The load of experts, for those who watch the server."""
+
+import asyncio
+import time
+from contextlib import suppress
+
+import numpy as np
+
+from jaxserve.async_engine import AsyncEngine
+from jaxserve.parallel.errors import EngineError
+
+PAUSE = 1.0
+"""Seconds between two looks: each waits for the steps that are on their way, and the engine for it."""
+
+
+class ExpertLoad:
+    """Tokens that each expert has got so far, as they were at the last look."""
+
+    def __init__(self, engine: AsyncEngine):
+        self._engine, self._looking = engine, asyncio.Lock()
+        self._load_le: np.ndarray | None = None
+        self._at = -PAUSE
+
+    async def read(self) -> np.ndarray | None:
+        """int64 `[l, e]`, of MTP modules last; None if the model has no experts. An engine that hangs holds nobody."""
+        if not self._looking.locked() and time.monotonic() - self._at >= PAUSE:
+            async with self._looking:
+                with suppress(EngineError, TimeoutError):
+                    async with asyncio.timeout(PAUSE):
+                        self._load_le = await self._engine.ask(self._engine.engine.expert_load)
+                self._at = time.monotonic()
+        return self.last
+
+    @property
+    def last(self) -> np.ndarray | None:
+        """What the last look saw."""
+        return None if self._load_le is None or self._load_le.shape[1] < 2 else self._load_le
