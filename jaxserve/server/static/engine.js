@@ -101,13 +101,16 @@ function showLatency(row, percentiles) {
   row.replaceChildren(row.firstElementChild, ...cells);
 }
 
+/** Layers whose experts have had tokens; those without experts never have. */
 function showExperts(experts) {
-  page("experts").hidden = experts === null;
-  if (experts === null) return;
-  const { layers, tokens } = experts;
-  const shape = `layers ${layers[0]} to ${layers.at(-1)} ↓  experts 0 to ${tokens[0].length - 1} →`;
+  const rows = (experts?.layers ?? []).map((layer, i) => ({ layer, tokens: experts.tokens[i] }));
+  const used = rows.filter(({ tokens }) => tokens.some(Boolean));
+  page("experts").hidden = used.length === 0;
+  if (used.length === 0) return;
+  const [first, last] = [used[0], used.at(-1)];
+  const shape = `layers ${first.layer} to ${last.layer} ↓ experts 0 to ${first.tokens.length - 1} →`;
   page("experts").querySelector(".shape").textContent = shape;
-  heatMap.show(experts);
+  heatMap.show(used);
 }
 
 function showDrafts({ rows, accepted }) {

@@ -75,7 +75,7 @@ const TALLEST = 24; // pixels of a row
 export class HeatMap {
   #canvas;
   #cell;
-  #load;
+  #rows = [];
   #at = [0, 0];
 
   constructor(figure) {
@@ -84,73 +84,68 @@ export class HeatMap {
     this.#canvas.addEventListener("pointermove", (event) => this.#point(event));
     this.#canvas.addEventListener("pointerdown", (event) => this.#point(event));
     this.#canvas.addEventListener("keydown", (event) => this.#step(event));
-    for (const type of ["focus", "blur"]) this.#canvas.addEventListener(type, () => this.#tell());
+    this.#canvas.addEventListener("focus", () => this.#tell());
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#draw());
   }
 
-  show(load) {
-    this.#load = load;
+  /** `rows` are `{layer, tokens}`, at least one. */
+  show(rows) {
+    this.#rows = rows;
     this.#draw();
     if (this.#cell.textContent) this.#tell();
   }
 
   #draw() {
-    if (!this.#load) return;
-    const { tokens } = this.#load;
+    if (this.#rows.length === 0) return;
     const canvas = this.#canvas;
     const palette = shades(getComputedStyle(canvas));
     canvas.width = canvas.clientWidth * devicePixelRatio;
-    const width = canvas.width / tokens[0].length;
+    const width = canvas.width / this.#columns;
     const height = Math.max(1, Math.round(Math.min(width, TALLEST * devicePixelRatio)));
     const gap = height > 8 ? devicePixelRatio : 0;
-    canvas.height = height * tokens.length;
+    canvas.height = height * this.#rows.length;
     const context = canvas.getContext("2d");
-    tokens.forEach((row, y) =>
-      row.forEach((count, x) => {
-        context.fillStyle = palette[SHADES + Math.round(SHADES * warmth(relative(row, count)))];
+    this.#rows.forEach(({ tokens }, y) =>
+      tokens.forEach((count, x) => {
+        context.fillStyle = palette[SHADES + Math.round(SHADES * warmth(relative(tokens, count)))];
         context.fillRect(x * width, y * height, width - gap, height - gap);
       }),
     );
   }
 
   #point({ offsetX, offsetY }) {
-    if (!this.#load) return;
-    const { tokens } = this.#load;
-    const place = (offset, extent, count) => Math.min(count - 1, Math.floor((offset / extent) * count));
-    this.#at = [
-      place(offsetY, this.#canvas.clientHeight, tokens.length),
-      place(offsetX, this.#canvas.clientWidth, tokens[0].length),
-    ];
-    this.#tell();
+    const { clientWidth, clientHeight } = this.#canvas;
+    this.#tell((offsetY / clientHeight) * this.#rows.length, (offsetX / clientWidth) * this.#columns);
   }
 
   #step(event) {
     const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
-    if (down === undefined || !this.#load) return;
+    if (down === undefined) return;
     event.preventDefault();
-    const { tokens } = this.#load;
-    const within = (value, count) => Math.max(0, Math.min(count - 1, value));
-    this.#at = [within(this.#at[0] + down, tokens.length), within(this.#at[1] + right, tokens[0].length)];
-    this.#tell();
+    this.#tell(this.#at[0] + down, this.#at[1] + right);
   }
 
-  #tell() {
-    if (!this.#load) return;
-    const { layers, tokens } = this.#load;
-    const [y, x] = this.#at;
-    const times = relative(tokens[y], tokens[y][x]).toFixed(2);
-    this.#cell.textContent = `Layer ${layers[y]}, expert ${x}: ${whole(tokens[y][x])} tokens, ${times} times the mean`;
+  /** Tells of the cell at a place, or of the one nearest to it. */
+  #tell(row = this.#at[0], column = this.#at[1]) {
+    const within = (place, count) => Math.max(0, Math.min(count - 1, Math.floor(place)));
+    const [y, x] = (this.#at = [within(row, this.#rows.length), within(column, this.#columns)]);
+    const { layer, tokens } = this.#rows[y];
+    const times = relative(tokens, tokens[x]).toFixed(2);
+    this.#cell.textContent = `Layer ${layer}, expert ${x}: ${whole(tokens[x])} tokens, ${times} times the mean`;
+  }
+
+  get #columns() {
+    return this.#rows[0].tokens.length;
   }
 }
 
 function relative(row, count) {
-  const sum = row.reduce((a, b) => a + b, 0);
-  return sum ? (count * row.length) / sum : 1;
+  return (count * row.length) / row.reduce((a, b) => a + b, 0);
 }
 
-/** From -1 (a quarter of the mean, or less) to 1 (four times, or more). */
+/** From -1 (half the mean, or less) to 1 (twice, or more). */
 function warmth(times) {
-  return Math.max(-1, Math.min(1, Math.log2(times) / 2));
+  return Math.max(-1, Math.min(1, Math.log2(times)));
 }
 
 function shades(style) {

@@ -45,7 +45,7 @@ function send() {
 }
 
 function retry(turn) {
-  turn.answer.clear();
+  turn.clear();
   further(turn);
 }
 

@@ -18,6 +18,7 @@ export class Turn {
     this.element.dataset.mode = mode;
     this.#part = (name) => this.element.querySelector(`.${name}`);
     this.#part("said").textContent = said;
+    this.thoughts = new TokenText(this.#part("thoughts"));
     this.answer = new TokenText(this.#part("answer"));
   }
 
@@ -40,17 +41,25 @@ export class Turn {
     this.#numbers.usage = usage ?? this.#numbers.usage;
     if (!choice) return;
     const tokens = tokensOf(choice);
-    this.#numbers.first ??= performance.now();
+    const { content, reasoning_content: thought } = choice.delta ?? { content: choice.text };
+    if (content || thought) this.#numbers.first ??= performance.now();
     this.#numbers.count += tokens.length;
     this.#finish = choice.finish_reason ?? this.#finish;
-    this.answer.add(choice.text ?? choice.delta.content ?? "", tokens);
+    if (thought) this.thoughts.add(thought, content ? [] : tokens);
+    if (content || !thought) this.answer.add(content ?? "", tokens);
     this.#frame ??= requestAnimationFrame(() => this.#show());
   }
 
   #show() {
     cancelAnimationFrame(this.#frame);
     this.#frame = null;
+    this.thoughts.show();
     this.answer.show();
+  }
+
+  clear() {
+    this.thoughts.clear();
+    this.answer.clear();
   }
 
   stop() {

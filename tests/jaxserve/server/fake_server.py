@@ -25,6 +25,7 @@ class Fake:
     def __init__(self) -> None:
         self.chat = True
         self.key = ""
+        self.thoughts: list[str] = []
         self.tokens = TOKENS
         self.delay = 0.0  # seconds before each token
         self.refusal: JSONResponse | None = None  # of requests for answers
@@ -63,6 +64,8 @@ class Fake:
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
         choice = chat_choice if "messages" in body else text_choice
+        for thought in self.thoughts:
+            yield event({"choices": [chat_choice(thought, None, "reasoning_content")]})
         try:
             for i, token in enumerate(self.tokens):
                 await asyncio.sleep(self.delay)
@@ -91,7 +94,7 @@ class Fake:
             "tokens": {"prompt": 1234, "cached": 617, "generated": self.generated},
             "latency": {"time_to_first_token": seconds, "inter_token": seconds, "end_to_end": None},
             "drafts": {"rows": 100, "accepted": [61, 40]},
-            "experts": {"layers": [1, 2], "tokens": [[10, 20, 30, 40] * 4, [0, 0, 20, 80] * 4]},
+            "experts": {"layers": [0, 1, 2], "tokens": [[0] * 16, [10, 20, 30, 40] * 4, [0, 0, 20, 80] * 4]},
             "steps": 99, "preemptions": 0, "compilations": {"warmup": 12, "late": 0},
         })  # fmt: skip
 
@@ -115,11 +118,11 @@ def text_choice(token: str, finish: str | None) -> dict[str, Any]:
     return {"index": 0, "text": token, "logprobs": logprobs, "finish_reason": finish}
 
 
-def chat_choice(token: str, finish: str | None) -> dict[str, Any]:
+def chat_choice(token: str, finish: str | None, part: str = "content") -> dict[str, Any]:
     top = [{"token": text, "logprob": logprob, "bytes": list(text.encode())} for text, logprob in alternatives(token)]
     return {
         "index": 0,
-        "delta": {"content": token},
+        "delta": {part: token},
         "logprobs": {"content": [top[0] | {"top_logprobs": top}]},
         "finish_reason": finish,
     }

@@ -4,6 +4,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -212,6 +213,21 @@ def test_tokens_tell_their_probabilities_to_the_pointer_and_to_keys(fake, open_p
     expect(card).to_contain_text("␣add75.0 %")
     page.keyboard.press("End")
     expect(card).to_contain_text("⏎")
+
+
+def test_thoughts_are_told_apart_and_not_said_again(fake, open_page):
+    fake.thoughts = ["A", " thought"]
+    page = open_page()
+    turn = say(page, "x")
+    answered(turn)
+    assert turn.locator(".thoughts .token").all_text_contents() == fake.thoughts
+    assert turn.locator(".answer").text_content() == ANSWER
+    answered(say(page, "y"))
+    assert [message["content"] for message in fake.asked[1]["messages"]] == ["x", ANSWER, "y"]
+    turn = page.locator("article").last
+    turn.get_by_role("button", name="Retry").click()
+    answered(turn)
+    assert turn.locator(".thoughts").text_content() == "A thought"
 
 
 def test_doubt_is_shaded_if_wanted(fake, open_page):
@@ -474,16 +490,18 @@ def test_what_the_policy_forbids_would_be_noticed(browser, fake, fake_server):
 # The real server.
 
 
-def test_the_embedded_model_writes_and_can_be_stopped(server, open_page):
+def test_the_embedded_model_writes_and_can_be_stopped(server, open_page, monkeypatch):
+    engine = server.llm.engine
+    monkeypatch.setattr(engine, "step", lambda step=engine.step: (time.sleep(0.1), step())[1])
     page = open_page(server.url)
     page.get_by_text("Complete", exact=True).click()
     page.click("summary")
-    page.fill("#max_tokens", "1000")
+    page.fill("#max_tokens", "100")
     turn = say(page, "def quicksort(items):")
     expect(turn.locator(".token").nth(5)).to_be_visible()
     page.keyboard.press("Escape")
     expect(turn.locator(".facts")).to_contain_text("stopped")
-    assert eventually(lambda: server.llm.engine.counters.running == 0)
+    assert eventually(lambda: engine.counters.running == 0)
     turn.locator(".token").nth(2).hover()
     shares = [float(line.split()[-2]) for line in page.get_by_role("tooltip").locator("p").all_inner_texts()]
     assert 5 <= len(shares) <= 6 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.3
@@ -504,5 +522,4 @@ def test_the_page_and_the_server_mean_the_same(server, open_page, mode):
     assert "".join(turn.locator(".token").all_text_contents()) == greedy[0].outputs[0].text
     expect(turn.locator(".facts")).to_contain_text("24 tokens in")
     expect(page.locator("#time_to_first_token td").first).to_have_text(re.compile(r"\d m?s$"))
-    expect(page.locator("#experts")).to_be_visible()
     expect(page.locator("#throughput path.generated")).to_have_attribute("d", re.compile("L"))
