@@ -19,18 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 FOLDER = Path(__file__).with_name("screenshots")
 SECONDS = 120
 SIZES = {"desktop": (1440, 960, 1), "phone": (360, 740, 1.5)}  # width, height, pixels of a pixel
-SERVE = [
-    "serve",
-    "--port",
-    "0",
-    "--mesh",
-    "1x2",
-    "--max-num-seqs",
-    "4",
-    "--num-speculative-tokens",
-    "2",
-    "--no-log-requests",
-]
+SERVE = ["serve", "--port", "0", "--max-num-seqs", "8", "--num-speculative-tokens", "2", "--no-log-requests"]
 PROMPTS = [
     "def quicksort(items):",
     "class Stack:",

@@ -79,12 +79,15 @@ function spanOf(token, text) {
 }
 
 const card = document.getElementById("card");
+let shown = null; // the span that the card tells of
 
 /** Lets the tokens below an element be read: by pointer, touch, and keys that go from one to the next. */
 export function readable(element) {
   for (const type of ["pointerover", "focusin"]) element.addEventListener(type, ({ target }) => showCard(target));
-  for (const type of ["pointerleave", "focusout", "scroll"]) element.addEventListener(type, hideCard);
+  for (const type of ["pointerleave", "focusout"]) element.addEventListener(type, hideCard);
   element.addEventListener("keydown", moveFocus);
+  document.addEventListener("keydown", ({ key }) => key === "Escape" && hideCard());
+  document.addEventListener("scroll", () => shown && placeCard(), { capture: true });
 }
 
 function showCard(span) {
@@ -94,8 +97,15 @@ function showCard(span) {
   rows.sort((a, b) => b.logprob - a.logprob);
   card.replaceChildren(...rows.map((row) => rowOf(row, row.text === token.text)));
   card.hidden = false;
+  shown?.removeAttribute("aria-describedby");
+  shown = span;
   span.setAttribute("aria-describedby", "card");
-  const { left, top, bottom } = span.getBoundingClientRect();
+  placeCard();
+}
+
+/** Below its token, or above where there is no room. */
+function placeCard() {
+  const { left, top, bottom } = shown.getBoundingClientRect();
   const below = bottom + card.offsetHeight + 8 < innerHeight;
   card.style.left = `${Math.max(8, Math.min(left, innerWidth - card.offsetWidth - 8))}px`;
   card.style.top = `${below ? bottom + 4 : top - card.offsetHeight - 4}px`;

@@ -521,5 +521,6 @@ def test_the_page_and_the_server_mean_the_same(server, open_page, mode):
     assert turn.locator(".answer").text_content() == greedy[0].outputs[0].text
     assert "".join(turn.locator(".token").all_text_contents()) == greedy[0].outputs[0].text
     expect(turn.locator(".facts")).to_contain_text("24 tokens in")
+    expect(page.locator("#experts")).to_be_visible()
     expect(page.locator("#time_to_first_token td").first).to_have_text(re.compile(r"\d m?s$"))
     expect(page.locator("#throughput path.generated")).to_have_attribute("d", re.compile("L"))
