@@ -5,8 +5,8 @@ from pathlib import Path
 from jaxserve.parallel.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "model"
+WANTED = ("*.json", "*.safetensors", "*.jinja")
 TOKENIZER_FILES = ("*.json", "*.jinja")
-WANTED = (*TOKENIZER_FILES, "*.safetensors")
 
 
 def locate(model: str | Path | None, wanted: tuple[str, ...] = WANTED) -> Path:

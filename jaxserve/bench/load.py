@@ -78,7 +78,7 @@ async def put(
             records.append(await _measure(client, job, start))
         show(len(records), len(jobs))
 
-    tasks = [asyncio.ensure_future(send(job)) for job in jobs]
+    tasks = [asyncio.create_task(send(job)) for job in jobs]
     try:
         await asyncio.gather(*tasks)
     except asyncio.CancelledError:

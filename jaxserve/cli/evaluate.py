@@ -69,11 +69,10 @@ def evaluate(
         locate(model, TOKENIZER_FILES if url else WANTED)  # a name that is wrong is told before the first is scored
         if both:
             locate(against or model)
-        found = (
-            _ask_server(url, api_key, served, model, some, limit, shown)
-            if url
-            else evaluate(model, dtype, quantization, some, limit, shown)
-        )
+        if url:
+            found = _ask_server(url, api_key, served, model, some, limit, shown)
+        else:
+            found = evaluate(model, dtype, quantization, some, limit, shown)
         if out:
             results.save(out, found)
         if both:

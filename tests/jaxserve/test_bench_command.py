@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.jaxserve.fake_server import Fake, serving
+from tests.jaxserve.openai_server import Fake, serving
 from tests.jaxserve.test_cli import INTERRUPTIBLE, MAIN, run
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.jaxserve.fake_server import Fake, serving
+from tests.jaxserve.openai_server import Fake, serving
 from tests.jaxserve.test_cli import INTERRUPTIBLE, MAIN, run
 
 

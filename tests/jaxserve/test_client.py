@@ -4,7 +4,7 @@ import pytest
 
 from jaxserve.client import AsyncClient, Client, refusal
 from jaxserve.parallel.errors import ServerError
-from tests.jaxserve.fake_server import Fake, serving
+from tests.jaxserve.openai_server import Fake, serving
 
 
 @pytest.fixture(scope="module")

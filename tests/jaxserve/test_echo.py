@@ -8,20 +8,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from jaxserve import echo
-from jaxserve.checkpoints.evaluation import scoring
 from jaxserve.checkpoints.evaluation.scoring import Likelihood
 from jaxserve.checkpoints.evaluation.tasks import Item
 from jaxserve.client import Client
 from jaxserve.parallel.errors import ServerError
-from tests.jaxserve.conftest import engine, greedy, loaded, serve
-from tests.jaxserve.fake_server import serving
+from tests.jaxserve.openai_server import serving
 from tests.jaxserve.test_cli import run
-
-CONTEXT = "import os\n\n\ndef size(path):\n    return os.path."
-ITEMS = [
-    Item("m", CONTEXT, ("getsize(path)", "join(path)", "exists(path)"), 0),
-    Item("m", CONTEXT[:9], ("\n", "path"), 0),
-]
 
 
 @contextmanager
@@ -69,9 +61,7 @@ def test_prompts_are_tokens_and_all_that_is_asked_for_is_their_echo():
         {},
         {"choices": []},
         {"choices": [{"index": 0, "logprobs": None}]},
-        {
-            "choices": [choice([None, -1.0], [None, {"a": -1.0}])]
-        },  # of the text that it made of the tokens, or of fewer prompts
+        {"choices": [choice([None, -1.0], [None, {"a": -1.0}])]},  # fewer than there are tokens
         {"choices": [choice([None, -1.0, None], [None, {"a": -1.0}, {"a": -1.0}])]},
         {"choices": [choice([None, -1.0, -1.0], [None, {"a": -1.0}, None])]},
     ],
@@ -80,25 +70,6 @@ def test_a_server_that_does_not_echo_is_told_what_is_missing(answer):
     with answering(lambda body: answer) as client:
         with pytest.raises(ServerError, match="does not echo prompts with log-probabilities .*; use a server whose"):
             echo.likelihoods(client, "m", letters, [Item("", "ab", ("c",), 0)])
-
-
-@pytest.mark.parametrize("max_tokens", [0, 1])
-def test_a_server_finds_what_the_model_in_process_finds(max_tokens):
-    cfg, model, tokenizer, *_ = loaded("embedded")
-
-    def answer(body):
-        outputs = serve(engine("embedded", 0), body["prompt"], greedy(1, prompt_logprobs=1, logprobs=1))
-        pairs = zip(body["prompt"], outputs, strict=True)
-        return {"choices": [_echo(i, *pair, max_tokens) for i, pair in enumerate(pairs)]}
-
-    told = []
-    with answering(answer) as client:
-        found = echo.likelihoods(client, "m", tokenizer.encode, ITEMS, lambda *call: told.append(call), max_tokens)
-    expected = scoring.likelihoods(model, cfg, tokenizer.encode, ITEMS)
-    assert told == [(1, 2), (2, 2)]
-    for one, other in zip(found, expected, strict=True):
-        assert [each[1:] for each in one] == [each[1:] for each in other]
-        assert [each.log2 for each in one] == pytest.approx([each.log2 for each in other], rel=1e-4)
 
 
 def test_eval_asks_a_server_and_compares_it_with_what_was_kept(tmp_path):
@@ -119,14 +90,3 @@ def test_eval_asks_a_server_and_compares_it_with_what_was_kept(tmp_path):
     assert bits == pytest.approx(tokens)  # a bit for each token, and all of them expected
     assert found["tasks"]["next-token"]["score"]["value"] == 1.0
     assert again.stdout.startswith(f"A: m at {client.url}, Python 3.")
-
-
-def _echo(index: int, ids: list[int], outputs, generated: int) -> dict:
-    """A choice in OpenAI's form."""
-    known = next(output.prompt_logprobs for output in outputs if output.prompt_logprobs)
-    known = [*known, *(outputs[-1].logprobs[:generated])]
-    chosen = [None if each is None else next(iter(each.values())).logprob for each in known]
-    for place, token in enumerate(ids):
-        chosen[place] = known[place] and known[place][token].logprob
-    best = [each and {one.decoded_token: one.logprob for one in each.values()} for each in known]
-    return choice(chosen, best, index)

@@ -8,7 +8,7 @@ from jaxserve.client import Client
 from jaxserve.conversation import Piece
 from jaxserve.parallel.errors import RequestError, ServerError
 from jaxserve.request import Output, SamplingParams
-from tests.jaxserve.fake_server import Fake, serving
+from tests.jaxserve.openai_server import Fake, serving
 
 HI = [{"role": "user", "content": "Hi"}]
 TWO = SamplingParams(max_tokens=2)

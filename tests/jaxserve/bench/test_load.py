@@ -6,7 +6,7 @@ import pytest
 from jaxserve.bench.load import Job, Load, has_text, put, run
 from jaxserve.client import AsyncClient
 from jaxserve.parallel.errors import ServerError
-from tests.jaxserve.fake_server import Fake, serving
+from tests.jaxserve.openai_server import Fake, serving
 
 
 def jobs(*prompts: str, arrivals=None, count: int = 3) -> list[Job]:

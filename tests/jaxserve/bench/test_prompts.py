@@ -3,7 +3,7 @@ import pytest
 from jaxserve.bench.prompts import PASSAGE, PLAIN_IDS, jobs, known_tokens, spelled
 from jaxserve.bench.workload import OWN, SHARED, Ask, Piece
 from jaxserve.client import Client
-from tests.jaxserve.fake_server import Fake, serving
+from tests.jaxserve.openai_server import Fake, serving
 
 ASKS = [Ask((Piece((SHARED, 0), 4), Piece((OWN, 0), 6)), None, 9, 0.5), Ask((), "text", 3)]
 
