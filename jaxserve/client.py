@@ -66,6 +66,13 @@ class Client:
         except (LookupError, TypeError):
             raise ServerError(f"{self.url} lists no model; name one with --model", "no model") from None
 
+    def version(self) -> str | None:
+        """The server's own, if it tells."""
+        try:
+            return self.get("/version").get("version")
+        except (ServerError, AttributeError):
+            return None
+
 
 class AsyncClient:
     """Asks one server many things at a time, with no bound to their number."""

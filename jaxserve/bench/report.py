@@ -114,17 +114,19 @@ def latency_rows(summary: Summary) -> list[Row]:
 
 def count_rows(summary: Summary) -> list[Row]:
     """What was answered, generated and failed; what there is none of is left out."""
+    failed = {f"failed: {kind}": count for kind, count in summary.failures.items()}
     counts = {
         "requests answered": summary.answered,
         "that meet the goals": summary.good,
-        "not finished": summary.unfinished or None,
-        **{f"failed: {kind}": count for kind, count in summary.failures.items()},
         "prompt tokens": summary.prompt_tokens,
         "of them cached": summary.cached_tokens or None,
         "tokens generated": summary.output_tokens,
     }
-    shown = {name: count for name, count in counts.items() if count is not None}
-    return [(name, f"{count:,}", f"{count / summary.seconds:,.2f}") for name, count in shown.items()]
+    rates = [
+        (name, f"{count:,}", f"{count / summary.seconds:,.2f}") for name, count in counts.items() if count is not None
+    ]
+    lost = failed | ({"not finished": summary.unfinished} if summary.unfinished else {})
+    return rates + [(name, f"{count:,}", "") for name, count in lost.items()]
 
 
 def failures(load: Load) -> list[str]:

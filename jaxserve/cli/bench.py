@@ -94,7 +94,7 @@ def serve(
     asks = _asks(trace, requests, prompt_tokens, output_tokens, prefix_tokens, rate, seed)
     room = concurrency or (8 if asks[0].arrival is None else None)
     with Client(url, api_key, timeout) as client, progress() as shown:
-        model = model or client.model()["id"]
+        model, version = model or client.model()["id"], client.version()
         common = {"model": model, "temperature": temperature} | ({"ignore_eos": True} if ignore_eos else {})
         each = (workload.warmups(asks, warmup), asks)
         first, jobs = (prompts.jobs(client, some, endpoint, common, seed) for some in each)
@@ -102,8 +102,7 @@ def serve(
     summary, title = report.summarize(found, bounds), f"{model} at {client.url}, {_manner(asks, rate, room)}"
     _print(title, found, summary)
     if out:
-        about = {"model": model, "options": _options(context), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        about |= {"jaxserve": jaxserve.__version__, "python": platform.python_version()}
+        about = {"model": model, "server": version, **_circumstances(context)}
         out.write_text(json.dumps(report.as_json(found, summary, about), indent=1) + "\n")
     if plot:
         pictures.save(plot, title, found.records, bounds)
@@ -148,9 +147,13 @@ def _print(title: str, found: "Load", summary: "Summary") -> None:
         notes.print(line, soft_wrap=True)
 
 
-def _options(context: typer.Context) -> dict[str, Any]:
-    """What was asked for, as JSON can hold it, without the key."""
+def _circumstances(context: typer.Context) -> dict[str, Any]:
+    """What was asked for, as JSON can hold it, without the key; when, and by what."""
     given = {name: value for name, value in context.params.items() if name != "api_key"}
+    given |= {name: str(value) for name, value in given.items() if isinstance(value, Path) or value == math.inf}
     return {
-        name: str(value) if isinstance(value, Path) or value == math.inf else value for name, value in given.items()
+        "options": given,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "jaxserve": jaxserve.__version__,
+        "python": platform.python_version(),
     }

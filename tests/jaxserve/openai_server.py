@@ -36,7 +36,10 @@ class Fake:
             "/detokenize": self.detokenize,
         }
         routes = [Route(path, answer, methods=["POST"]) for path, answer in posts.items()]
-        return Starlette(routes=[*routes, Route("/v1/models", self.models)])
+        return Starlette(routes=[*routes, Route("/v1/models", self.models), Route("/version", self.version)])
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": "1.2.3"})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "fake", "object": "model", "chat": self.chat}]})

@@ -33,7 +33,7 @@ def test_a_load_ends_with_tables_and_keeps_all_numbers_and_a_picture(tmp_path):
     for name, count in {"requests answered": "6", "that meet the goals": "6", "prompt tokens": "72"}.items():
         assert next(row.split()[-2] for row in rows if name in row) == count
     kept = json.loads(out.read_text())
-    assert (kept["summary"]["answered"], len(kept["requests"])) == (6, 6)
+    assert (kept["summary"]["answered"], len(kept["requests"]), kept["server"]) == (6, 6, "1.2.3")
     assert (kept["options"]["output_tokens"], "api_key" in kept["options"]) == ("3-5", False)
     assert plot.read_text().startswith("<?xml")
     prompts = [body["prompt"] for body in fake.asked]
