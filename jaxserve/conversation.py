@@ -15,6 +15,7 @@ class Piece(NamedTuple):
     """What came of an answer."""
 
     text: str
+    thoughts: str = ""  # that came before it; no part of the answer
     cut: bool = False  # it ends here for want of tokens
 
 
@@ -38,19 +39,18 @@ class Conversation:
 
     def ask(self, text: str, speak: Speak) -> Generator[Piece, None, None]:
         """Yields the answer. Of one that is stopped, what came stays; a question that can't be answered goes."""
-        self.messages.append({"role": "user", "content": text})
-        said: list[str] = []
+        asked, said, failed = [*self.messages, {"role": "user", "content": text}], [], False
         try:
-            with closing(speak(self.messages)) as pieces:
+            with closing(speak(asked)) as pieces:
                 for piece in pieces:
                     said.append(piece.text)
                     yield piece
         except JaxserveError:
-            self.messages.pop()
+            failed = True
             raise
         finally:
-            if self.messages and self.messages[-1]["role"] == "user":
-                self.messages.append({"role": "assistant", "content": "".join(said)})
+            if not failed:
+                self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
 
     def command(self, line: str) -> str:
         """Does what a line like `/system Be brief.` says, and tells what it did. RequestError for what is none."""

@@ -3,15 +3,22 @@
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from jaxserve.chat import choose_template
 from jaxserve.conversation import Message, Piece, Speak
 from jaxserve.parallel.errors import RequestError
+from jaxserve.reasoning import ReasoningParser, thinks
 from jaxserve.request import Output, SamplingParams
+from jaxserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jaxserve.client import Client
     from jaxserve.llm import LLM
+
+TAIL = 16
+"""Tokens of a prompt's end, in which thoughts may have been opened."""
 
 
 def of_model(llm: "LLM", params: SamplingParams) -> Speak:
@@ -19,7 +26,9 @@ def of_model(llm: "LLM", params: SamplingParams) -> Speak:
 
     def speak(messages: Sequence[Message]) -> Generator[Piece, None, None]:
         prompt = llm.tokenizer.apply_chat_template(messages)
-        outputs = cast("Generator[Output, None, None]", llm.stream([prompt], params))
+        parser = _parser(llm.tokenizer, prompt)
+        outputs = llm.stream([prompt], replace(params, skip_special_tokens=parser is None))
+        outputs = cast("Generator[Output, None, None]", outputs)
         try:
             while True:
                 with _uninterrupted():
@@ -28,7 +37,7 @@ def of_model(llm: "LLM", params: SamplingParams) -> Speak:
                     return
                 if output.finish_reason == "error":
                     raise RequestError(f"the answer failed: {output.error}")
-                yield Piece(output.text, output.finish_reason == "length")
+                yield _piece(output, parser)
         finally:
             with _uninterrupted():
                 outputs.close()
@@ -45,9 +54,26 @@ def of_server(client: "Client", model: str, params: SamplingParams) -> Speak:
         body = {"model": model, "messages": list(messages), **common}
         for chunk in client.stream("/v1/chat/completions", body):
             for choice in chunk.get("choices") or ():
-                yield Piece(choice["delta"].get("content") or "", choice.get("finish_reason") == "length")
+                said, cut = choice.get("delta") or {}, choice.get("finish_reason") == "length"
+                yield Piece(said.get("content") or "", said.get("reasoning_content") or "", cut)
 
     return speak
+
+
+def _parser(tokenizer: Tokenizer, prompt: Sequence[int]) -> ReasoningParser | None:
+    """Of thoughts, if the model has any. It sees special tokens, for its marks may be such, and leaves them out."""
+    if not thinks(choose_template(tokenizer.chat_templates)):
+        return None
+    return ReasoningParser(tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False), tokenizer.special)
+
+
+def _piece(output: Output, parser: ReasoningParser | None) -> Piece:
+    """What an output adds, thoughts told from text."""
+    cut = output.finish_reason == "length"
+    if parser is None:
+        return Piece(output.text, cut=cut)
+    said = [parser.push(output.text), *([parser.finish()] if output.finish_reason else [])]
+    return Piece("".join(one.content for one in said), "".join(one.reasoning for one in said), cut)
 
 
 @contextmanager

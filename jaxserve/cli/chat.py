@@ -2,6 +2,7 @@
 
 import secrets
 import sys
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,7 @@ from jaxserve.cli.options import (
     UrlOption,
 )  # fmt: skip
 from jaxserve.cli.show import notes, progress
-from jaxserve.conversation import Conversation, Speak, read_messages, typed
+from jaxserve.conversation import Conversation, Piece, Speak, read_messages, typed
 from jaxserve.parallel.errors import JaxserveError, RequestError
 from jaxserve.request import SamplingParams
 
@@ -156,9 +157,7 @@ def _answer(conversation: Conversation, line: str, speak: Speak, people: bool) -
     cut = False
     with closing(conversation.ask(line, speak)) as pieces:
         try:
-            for piece in pieces:
-                print(piece.text, end="", flush=True)
-                cut = piece.cut
+            cut = _show(pieces, people)
         except KeyboardInterrupt:
             if not people:
                 raise
@@ -166,3 +165,18 @@ def _answer(conversation: Conversation, line: str, speak: Speak, people: bool) -
             print(flush=True)
     if cut:
         notes.print("(cut for want of tokens; raise --max-tokens or --max-model-len)", style="dim", soft_wrap=True)
+
+
+def _show(pieces: Iterable[Piece], people: bool) -> bool:
+    """Prints pieces, for people the thoughts too; whether the answer was cut."""
+    cut = thinking = False
+    for piece in pieces:
+        if people and piece.thoughts:
+            notes.print(piece.thoughts, style="dim", end="", soft_wrap=True)
+            thinking = True
+        if thinking and piece.text:
+            print("\n")
+            thinking = False
+        print(piece.text, end="", flush=True)
+        cut = piece.cut
+    return cut

@@ -19,7 +19,8 @@ class Fake:
     """What a server does, by the prompt it is given.
 
     A prompt that begins with `refuse` is answered with 400, with `break` by a fault after a word, with `cut` by a
-    stream that ends after a word, with `html` by a page; `full` is answered with 429 once. A word takes `delay`.
+    stream that ends after a word, with `html` by a page, with `think` by two words of thoughts first; `full` is
+    answered with 429 once. A word takes `delay`.
     """
 
     def __init__(self, delay: float = 0.0, chat: bool = True, tokenizes: bool = True):
@@ -83,7 +84,8 @@ class Fake:
         for i in range(body["max_tokens"]):
             await asyncio.sleep(self.delay)
             word = f"w{i} "
-            yield {"choices": [{"delta": {"content": word}} if "messages" in body else {"text": word}]}
+            part = "reasoning_content" if said.startswith("think") and i < 2 else "content"
+            yield {"choices": [{"delta": {part: word}} if "messages" in body else {"text": word}]}
             if said.startswith("break"):
                 yield {"error": {"message": "a step failed", "type": "server_error", "param": None, "code": None}}
                 break

@@ -58,17 +58,23 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
         terminal.until("> ")
         terminal.type("/neu\n")
         assert "error: '/neu' is no command; there are /new" in terminal.until("> ")
+        terminal.type("think\n")
+        terminal.until("w0 w1 ")
+        terminal.until("\r\n\r\nw2 w3 ")
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.until("> ")
         terminal.type("break\\\n")
         terminal.until("… ")
         terminal.type("it\n")
         assert "error: the server broke off its answer: a step failed" in terminal.until("> ")
         terminal.type(f"/save {tmp_path / 'said.json'}\n")
-        terminal.until("2 messages are in")
+        terminal.until("4 messages are in")
         terminal.type("/exit\n")
         assert terminal.process.wait(30) == 0
-    question, answer = json.loads((tmp_path / "said.json").read_text())
+    question, answer, _, other = json.loads((tmp_path / "said.json").read_text())
     assert question == {"role": "user", "content": "hello"}
     assert answer["content"].startswith("w0 w1 ") and len(answer["content"]) < 1000
+    assert other["content"].startswith("w2 w3 ")  # without thoughts
 
 
 def test_ctrl_c_stops_the_answer_of_a_model_in_this_process_and_the_next_one_comes():
@@ -105,6 +111,12 @@ def test_a_model_in_this_process_answers_too():
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert result.stderr.endswith("(cut for want of tokens; raise --max-tokens or --max-model-len)\n")
+
+
+def test_into_a_pipe_go_no_thoughts():
+    with serving(Fake().app()) as url:
+        result = run("chat", "--url", url, "--max-tokens", "4", stdin="think\n")
+    assert (result.returncode, result.stdout) == (0, "w2 w3 \n")
 
 
 def test_of_a_pipe_the_first_error_ends_it():

@@ -57,6 +57,10 @@ def test_a_question_that_can_not_be_answered_leaves_no_trace():
     with pytest.raises(RequestError, match="too long"):
         list(conversation.ask("More", refuse))
     assert conversation.messages == [HI, HELLO]
+    unanswered = Conversation([HI])
+    with pytest.raises(RequestError, match="too long"):
+        list(unanswered.ask("More", refuse))
+    assert unanswered.messages == [HI]
 
 
 def test_a_new_conversation_keeps_what_the_system_says():

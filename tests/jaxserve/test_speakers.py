@@ -14,11 +14,12 @@ HI = [{"role": "user", "content": "Hi"}]
 TWO = SamplingParams(max_tokens=2)
 
 
-def model(*outputs: Output | int):
+def model(*outputs: Output | int, template: str = ""):
     """An LLM that gives these outputs; in place of a number, that signal comes first. Notes when it was closed."""
     closed = []
 
     def stream(prompts, params):
+        assert params.skip_special_tokens == (not template)
         try:
             for output in outputs:
                 if isinstance(output, int):
@@ -28,7 +29,12 @@ def model(*outputs: Output | int):
         finally:
             closed.append(prompts)
 
-    tokenizer = SimpleNamespace(apply_chat_template=lambda messages: [len(messages)])
+    tokenizer = SimpleNamespace(
+        apply_chat_template=lambda messages: [len(messages)],
+        chat_templates={"default": template},
+        decode=lambda ids, skip_special_tokens: "<|assistant|><think>\n",
+        special={"<think>", "</think>", "<eos>"},
+    )
     return SimpleNamespace(tokenizer=tokenizer, stream=stream), closed
 
 
@@ -36,6 +42,14 @@ def test_a_model_answers_what_its_template_makes_of_the_messages():
     llm, closed = model(Output("0", text="a"), Output("0", text="b", finish_reason="length"))
     assert list(speakers.of_model(llm, TWO)(HI)) == [Piece("a"), Piece("b", cut=True)]
     assert closed == [[[1]]]
+
+
+def test_thoughts_are_told_from_the_answer_and_special_tokens_left_out():
+    said = "so", " be</thi", "nk>\n\nYes", ".", "<eos>"
+    outputs = [Output("0", text=text) for text in said[:-1]] + [Output("0", text=said[-1], finish_reason="stop")]
+    llm, _ = model(*outputs, template="{{ '</think>' }}")
+    pieces = list(speakers.of_model(llm, TWO)(HI))
+    assert ("".join(piece.thoughts for piece in pieces), "".join(piece.text for piece in pieces)) == ("so be", "Yes.")
 
 
 def test_ctrl_c_amid_a_step_waits_for_its_end():
