@@ -1,15 +1,13 @@
 // The live view of the engine: /stats, asked every second while somebody looks.
 
-import { HeatMap, Plot, duration, element, whole } from "./plots.js";
+import { duration, element, page, percent, whole } from "./page.js";
+import { HeatMap, Plot } from "./plots.js";
 import { Fault, NoAnswer, request } from "./server.js";
 
 const EVERY = 1000; // milliseconds
 const PATIENCE = 3000;
 
 const LATENCIES = ["time_to_first_token", "inter_token", "end_to_end"];
-
-const page = (id) => document.getElementById(id);
-const percent = (share) => `${whole(100 * share)} %`;
 
 const plots = {
   throughput: new Plot(page("throughput"), ["generated", "prompt"]),

@@ -1,6 +1,7 @@
 // The page: a conversation with the model, and a live view of its engine.
 
 import { watch } from "./engine.js";
+import { element, page } from "./page.js";
 import { keepFields } from "./sampling.js";
 import { ask } from "./server.js";
 import { talk } from "./talk.js";
@@ -11,8 +12,6 @@ const LABELS = {
   complete: { label: "Text to continue", placeholder: "def quicksort(items):" },
 };
 
-const page = (id) => document.getElementById(id);
-
 let model = null;
 
 async function findModel() {
@@ -22,6 +21,12 @@ async function findModel() {
     showModel();
   }
   return model;
+}
+
+/** Whatever is wrong is said where the engine is shown, and with the next message. */
+function meet() {
+  model = null;
+  findModel().catch(() => {});
 }
 
 function showModel() {
@@ -42,9 +47,7 @@ function setMode(mode) {
 
 function offerExamples() {
   for (const text of EXAMPLES) {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
+    const button = element("button", "", text);
     button.addEventListener("click", () => fill(text));
     page("examples").append(button);
   }
@@ -65,5 +68,5 @@ page("mode").addEventListener("change", ({ target }) => {
 });
 page("shade").addEventListener("change", ({ target }) => document.body.classList.toggle("shaded", target.checked));
 talk(findModel);
-watch(() => findModel().catch(() => {})); // what is wrong is said where the engine is shown, and with the next message
-findModel().catch(() => {});
+watch(meet);
+meet();

@@ -1,5 +1,7 @@
 // Small plots, drawn by hand: the last two minutes of some numbers, and a map of expert load.
 
+import { element, whole } from "./page.js";
+
 const SPAN = 120; // seconds
 const GAP = 3; // seconds without an answer that break a line
 const [WIDTH, HEIGHT] = [240, 48];
@@ -70,8 +72,9 @@ function roundUp(value) {
 
 const SHADES = 16; // either side of the mean
 const TALLEST = 24; // pixels of a row
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-/** The tokens each expert got, as colours: a row a layer, a column an expert. A cell that is pointed at tells its number. */
+/** The tokens each expert got, as colours: a row a layer, a column an expert. Tells the numbers of a cell that is pointed at. */
 export class HeatMap {
   #canvas;
   #cell;
@@ -90,9 +93,8 @@ export class HeatMap {
 
   /** `rows` are `{layer, tokens}`, at least one. */
   show(rows) {
-    this.#rows = rows;
+    this.#rows = rows.map((row) => ({ ...row, mean: row.tokens.reduce((a, b) => a + b) / row.tokens.length }));
     this.#draw();
-    if (this.#cell.textContent) this.#tell();
   }
 
   #draw() {
@@ -105,9 +107,9 @@ export class HeatMap {
     const gap = height > 8 ? devicePixelRatio : 0;
     canvas.height = height * this.#rows.length;
     const context = canvas.getContext("2d");
-    this.#rows.forEach(({ tokens }, y) =>
+    this.#rows.forEach(({ tokens, mean }, y) =>
       tokens.forEach((count, x) => {
-        context.fillStyle = palette[SHADES + Math.round(SHADES * warmth(relative(tokens, count)))];
+        context.fillStyle = palette[SHADES + Math.round(SHADES * warmth(count / mean))];
         context.fillRect(x * width, y * height, width - gap, height - gap);
       }),
     );
@@ -119,28 +121,24 @@ export class HeatMap {
   }
 
   #step(event) {
-    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
-    if (down === undefined) return;
+    const step = STEPS[event.key];
+    if (!step) return;
     event.preventDefault();
-    this.#tell(this.#at[0] + down, this.#at[1] + right);
+    this.#tell(this.#at[0] + step[0], this.#at[1] + step[1]);
   }
 
   /** Tells of the cell at a place, or of the one nearest to it. */
   #tell(row = this.#at[0], column = this.#at[1]) {
     const within = (place, count) => Math.max(0, Math.min(count - 1, Math.floor(place)));
     const [y, x] = (this.#at = [within(row, this.#rows.length), within(column, this.#columns)]);
-    const { layer, tokens } = this.#rows[y];
-    const times = relative(tokens, tokens[x]).toFixed(2);
+    const { layer, tokens, mean } = this.#rows[y];
+    const times = (tokens[x] / mean).toFixed(2);
     this.#cell.textContent = `Layer ${layer}, expert ${x}: ${whole(tokens[x])} tokens, ${times} times the mean`;
   }
 
   get #columns() {
     return this.#rows[0].tokens.length;
   }
-}
-
-function relative(row, count) {
-  return (count * row.length) / row.reduce((a, b) => a + b, 0);
 }
 
 /** From -1 (half the mean, or less) to 1 (twice, or more). */
@@ -152,23 +150,6 @@ function shades(style) {
   const [cold, mean, hot] = ["--cold", "--mean", "--hot"].map((name) => style.getPropertyValue(name));
   const shade = (i) => `color-mix(in oklab, ${i < 0 ? cold : hot} ${(100 * Math.abs(i)) / SHADES}%, ${mean})`;
   return Array.from({ length: 2 * SHADES + 1 }, (_, i) => shade(i - SHADES));
-}
-
-/** Numbers as people read them. */
-export function whole(value) {
-  return value.toLocaleString("en", { maximumFractionDigits: value < 10 ? 1 : 0 });
-}
-
-export function duration(seconds) {
-  const [value, unit] = seconds < 1 ? [1000 * seconds, "ms"] : [seconds, "s"];
-  return `${value.toFixed(value < 10 ? 1 : 0)} ${unit}`;
-}
-
-export function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  made.className = className;
-  made.textContent = text;
-  return made;
 }
 
 function svg(tag, attributes) {

@@ -1,9 +1,9 @@
 // How tokens are chosen, as the form says; all that was typed outlives a reload.
 
+import { page } from "./page.js";
+
 const FIELDS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 const KEPT = [...FIELDS, "stops", "prompt"];
-
-const page = (id) => document.getElementById(id);
 
 /** The parameters of a request. What is left empty is not sent: the server's default. */
 export function sampling() {

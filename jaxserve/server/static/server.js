@@ -1,5 +1,7 @@
 // What the page asks of the server, and what it says when something is wrong.
 
+import { page } from "./page.js";
+
 /** What went wrong, as a sentence for people. */
 export class Fault extends Error {}
 
@@ -80,26 +82,26 @@ function sentence(text) {
   return text[0].toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");
 }
 
+const door = page("door");
 let entering = null;
 
 /** Asks for a key, once however many want one; whether there is a new one then. */
 function enterKey(refused) {
   entering ??= new Promise((resolve) => {
-    const door = document.getElementById("door");
-    document.getElementById("door-fault").hidden = !refused;
+    page("door-fault").hidden = !refused;
     door.returnValue = "";
-    door.addEventListener("close", () => resolve(takeKey(door)), { once: true });
+    door.addEventListener("close", () => resolve(takeKey()), { once: true });
     door.showModal();
   }).finally(() => (entering = null));
   return entering;
 }
 
-function takeKey(door) {
-  const field = document.getElementById("key");
+function takeKey() {
+  const field = page("key");
   const entered = door.returnValue === "enter" && field.value !== "";
   if (entered) sessionStorage.setItem("key", field.value);
   field.value = "";
   return entered;
 }
 
-document.getElementById("leave").addEventListener("click", () => document.getElementById("door").close(""));
+page("leave").addEventListener("click", () => door.close(""));

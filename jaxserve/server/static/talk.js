@@ -1,13 +1,12 @@
 // The conversation: sends what is typed, shows what streams back, and stops it.
 
+import { page } from "./page.js";
 import { keep, sampling } from "./sampling.js";
 import { ask, events } from "./server.js";
 import { readable } from "./tokens.js";
 import { Turn } from "./turn.js";
 
 const ALTERNATIVES = 5; // of each token
-
-const page = (id) => document.getElementById(id);
 
 let findModel; // an asynchronous function
 let turns = [];
@@ -16,7 +15,7 @@ let running = null; // what aborts the answer that streams
 /** Lets the page talk to the model that `find` finds. */
 export function talk(find) {
   findModel = find;
-  page("composer").addEventListener("submit", (event) => (event.preventDefault(), send()));
+  page("composer").addEventListener("submit", sendForm);
   page("prompt").addEventListener("keydown", sendOnEnter);
   page("stop").addEventListener("click", stop);
   page("new").addEventListener("click", startAnew);
@@ -26,10 +25,13 @@ export function talk(find) {
   readable(page("turns"));
 }
 
-function sendOnEnter(event) {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+function sendForm(event) {
   event.preventDefault();
   send();
+}
+
+function sendOnEnter(event) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) sendForm(event);
 }
 
 function send() {

@@ -1,5 +1,7 @@
 // Tokens with their probabilities: spans in a text, and a card that tells of the one under the pointer or in focus.
 
+import { element, page } from "./page.js";
+
 /** A chunk's tokens as `{text, logprob, others: [{text, logprob}]}`, from a choice of either protocol; none if not told. */
 export function tokensOf(choice) {
   const told = choice.logprobs;
@@ -69,16 +71,14 @@ export class TokenText {
 const tokens = new WeakMap();
 
 function spanOf(token, text) {
-  const span = document.createElement("span");
-  span.className = "token";
+  const span = element("span", "token", text);
   span.tabIndex = -1;
-  span.textContent = text;
   span.style.setProperty("--doubt", 1 - Math.exp(token.logprob));
   tokens.set(span, token);
   return span;
 }
 
-const card = document.getElementById("card");
+const card = page("card");
 let shown = null; // the span that the card tells of
 
 /** Lets the tokens below an element be read: by pointer, touch, and keys that go from one to the next. */
@@ -116,12 +116,9 @@ function hideCard() {
 }
 
 function rowOf({ text, logprob }, chosen) {
-  const row = document.createElement("p");
-  row.className = chosen ? "chosen" : "";
+  const row = element("p", chosen ? "chosen" : "");
   row.style.setProperty("--share", Math.exp(logprob));
-  const name = document.createElement("code");
-  name.textContent = visible(text);
-  row.append(name, percent(Math.exp(logprob)));
+  row.append(element("code", "", visible(text)), percent(Math.exp(logprob)));
   return row;
 }
 

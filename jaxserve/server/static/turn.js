@@ -1,6 +1,6 @@
 // One turn of a conversation: what was said, and the model's answer as it comes.
 
-import { duration, whole } from "./plots.js";
+import { duration, page, whole } from "./page.js";
 import { TokenText, tokensOf } from "./tokens.js";
 
 const ENDS = { stop: "ended", length: "reached max tokens", stopped: "stopped" };
@@ -14,7 +14,7 @@ export class Turn {
   constructor(mode, said) {
     this.mode = mode;
     this.said = said;
-    this.element = document.getElementById("turn").content.firstElementChild.cloneNode(true);
+    this.element = page("turn").content.firstElementChild.cloneNode(true);
     this.element.dataset.mode = mode;
     this.#part = (name) => this.element.querySelector(`.${name}`);
     this.#part("said").textContent = said;

@@ -12,7 +12,6 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from jaxserve import SamplingParams
 from tests.jaxserve.server.conftest import eventually
 from tests.jaxserve.server.fake_server import TOKENS, Fake, error
 
@@ -517,9 +516,11 @@ def test_the_page_and_the_server_mean_the_same(server, open_page, mode):
     page.fill("#max_tokens", "24")
     turn = say(page, "class Stack:")
     answered(turn)
-    greedy = server.llm.generate(["class Stack:"], SamplingParams(temperature=0, max_tokens=24))
-    assert turn.locator(".answer").text_content() == greedy[0].outputs[0].text
-    assert "".join(turn.locator(".token").all_text_contents()) == greedy[0].outputs[0].text
+    with server.client() as client:
+        body = {"prompt": "class Stack:", "temperature": 0, "max_tokens": 24}
+        greedy = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert turn.locator(".answer").text_content() == greedy
+    assert "".join(turn.locator(".token").all_text_contents()) == greedy
     expect(turn.locator(".facts")).to_contain_text("24 tokens in")
     expect(page.locator("#experts")).to_be_visible()
     expect(page.locator("#time_to_first_token td").first).to_have_text(re.compile(r"\d m?s$"))
