@@ -6,7 +6,7 @@ const SPAN = 120; // seconds
 const GAP = 3; // seconds without an answer that break a line
 const [WIDTH, HEIGHT] = [240, 48];
 
-/** The lines of the last two minutes below a figure's title; `names` of the series also name their colours in style.css. */
+/** Lines below a figure's title. The names of the series are also those of their colours, in style.css. */
 export class Plot {
   #lines = {};
   #figure;
@@ -74,7 +74,7 @@ const SHADES = 16; // either side of the mean
 const TALLEST = 24; // pixels of a row
 const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 
-/** The tokens each expert got, as colours: a row a layer, a column an expert. Tells the numbers of a cell that is pointed at. */
+/** The tokens that experts got as colours, a row a layer; tells the numbers of a cell that is pointed at. */
 export class HeatMap {
   #canvas;
   #cell;

@@ -2,7 +2,7 @@
 
 import { element, page } from "./page.js";
 
-/** A chunk's tokens as `{text, logprob, others: [{text, logprob}]}`, from a choice of either protocol; none if not told. */
+/** The tokens of a choice, of either protocol, as `{text, logprob, others: [{text, logprob}]}`; none if not told. */
 export function tokensOf(choice) {
   const told = choice.logprobs;
   if (told?.content) {

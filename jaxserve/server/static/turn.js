@@ -84,7 +84,8 @@ export class Turn {
     if (first === null) return this.#finish ? [ENDS[this.#finish]] : [];
     const tokens = usage?.completion_tokens ?? count;
     const seconds = (performance.now() - began) / 1000;
-    const facts = [`${whole(tokens)} tokens in ${duration(seconds)}`, `first after ${duration((first - began) / 1000)}`];
+    const wait = (first - began) / 1000;
+    const facts = [`${whole(tokens)} tokens in ${duration(seconds)}`, `first after ${duration(wait)}`];
     if (usage) facts.push(`${whole(usage.prompt_tokens)} prompt tokens, ${whole(cached(usage))} cached`);
     return this.#finish ? [...facts, ENDS[this.#finish] ?? this.#finish] : facts;
   }
