@@ -76,7 +76,7 @@ def decode(body: bytes, kind: type[T]) -> T:
         param = ".".join(filter(None, [path.strip("`").removeprefix("$").removeprefix("."), unknown and unknown[1]]))
         said = f"{param or 'body'}: {'this field is not supported; leave it out' if unknown else message}"
         raise ApiError(400, said, param=param or None, code="unknown_field" if unknown else None) from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None

@@ -1,4 +1,4 @@
-"""The description of the server for machines: OpenAPI 3.1, made from the types that it reads and writes."""
+"""The description of the server for machines: OpenAPI 3.2, made from the types that it reads and writes."""
 
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def describe(service: Service) -> dict[str, Any]:
     for endpoint in ENDPOINTS:
         paths.setdefault(endpoint.path, {})[endpoint.method] = _operation(endpoint, service)
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {"title": "jaxserve", "version": __version__},
         "paths": paths,
         "components": {
@@ -65,7 +65,7 @@ def _schemas() -> dict[str, Any]:
 def _operation(endpoint: Endpoint, service: Service) -> dict[str, Any]:
     content = {endpoint.kind: {"schema": _ref(endpoint.gives) if endpoint.gives else {}}}
     if endpoint.chunks:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"itemSchema": _event(endpoint.chunks)}
     errors = {"application/json": {"schema": _ref(p.ErrorBody) if endpoint.path != "/health" else {}}}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
@@ -80,6 +80,13 @@ def _operation(endpoint: Endpoint, service: Service) -> dict[str, Any]:
         schema = {"type": "string", "examples": service.names}
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
     return operation
+
+
+def _event(chunk: type[msgspec.Struct]) -> dict[str, Any]:
+    """A server-sent event of a stream."""
+    content = {"anyOf": [_ref(chunk), _ref(p.ErrorBody)]}
+    data = [{"const": "[DONE]"}, {"type": "string", "contentMediaType": "application/json", "contentSchema": content}]
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": data}}}
 
 
 def _ref(kind: type[msgspec.Struct]) -> dict[str, str]:
