@@ -33,7 +33,7 @@ def make_llm(tiny_folder):
     return make
 
 
-def slow(llm: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.05) -> None:
+def slow(llm: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.02) -> None:
     """Steps that take as long as a large model's, of a token each."""
     step = llm.engine._step
     monkeypatch.setattr(llm.engine, "_rounds", lambda: 1)
