@@ -1,4 +1,4 @@
-"""A server with the page's routes that says what it is told to, as slowly as it is told to."""
+"""A server with the page's routes that says what it is told to, and holds its breath when it is told to."""
 
 import asyncio
 import json
@@ -27,12 +27,12 @@ class Fake:
         self.key = ""
         self.thoughts: list[str] = []
         self.tokens = TOKENS
-        self.delay = 0.0  # seconds before each token
+        self.loading = False
+        self.hold: int | None = None  # the number of tokens after which no more come
         self.refusal: JSONResponse | None = None  # of requests for answers
         self.fault = ""  # amid a stream
         self.asked: list[dict[str, Any]] = []
         self.aborted = 0
-        self.generated = 0
 
     def app(self) -> Starlette:
         routes = [
@@ -45,17 +45,19 @@ class Fake:
         ]
         return Starlette(routes=routes)
 
-    def locked(self, request: Request) -> bool:
-        return bool(self.key) and request.headers.get("Authorization") != f"Bearer {self.key}"
+    def refused(self, request: Request) -> Response | None:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return error("the key is wrong", 401)
+        return error("the model is being loaded; try again", 503) if self.loading else None
 
     async def models(self, request: Request) -> Response:
-        if self.locked(request):
-            return error("the key is wrong", 401)
+        if refused := self.refused(request):
+            return refused
         return JSONResponse({"object": "list", "data": [{"id": "fake", "object": "model", "chat": self.chat}]})
 
     async def answer(self, request: Request) -> Response:
-        if self.locked(request):
-            return error("the key is wrong", 401)
+        if refused := self.refused(request):
+            return refused
         body = await request.json()
         self.asked.append(body)
         if self.refusal:
@@ -68,8 +70,8 @@ class Fake:
             yield event({"choices": [chat_choice(thought, None, "reasoning_content")]})
         try:
             for i, token in enumerate(self.tokens):
-                await asyncio.sleep(self.delay)
-                self.generated += 1
+                while i == self.hold:
+                    await asyncio.sleep(0.01)
                 last = i == len(self.tokens) - 1
                 yield event({"choices": [choice(token, "length" if last and not self.fault else None)]})
         except asyncio.CancelledError:
@@ -83,15 +85,15 @@ class Fake:
         yield "data: [DONE]\n\n"
 
     async def stats(self, request: Request) -> Response:
-        if self.locked(request):
-            return error("the key is wrong", 401)
+        if refused := self.refused(request):
+            return refused
         now = time.monotonic()
         seconds = {"p50": 0.021, "p90": 0.034, "p99": 1.21}
         return JSONResponse({
             "model": "fake", "state": "ready", "uptime": now,
             "requests": {"running": 3, "waiting": 1, "slots": 8, "finished": 17},
             "cache": {"used": 160, "pages": 640, "page_size": 64},
-            "tokens": {"prompt": 1234, "cached": 617, "generated": self.generated},
+            "tokens": {"prompt": 1234, "cached": 617, "generated": int(50 * now)},
             "latency": {"time_to_first_token": seconds, "inter_token": seconds, "end_to_end": None},
             "drafts": {"rows": 100, "accepted": [61, 40]},
             "experts": {"layers": [0, 1, 2], "tokens": [[0] * 16, [10, 20, 30, 40] * 4, [0, 0, 20, 80] * 4]},
