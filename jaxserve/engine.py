@@ -164,6 +164,10 @@ class Engine:
     def many(self) -> bool:
         return self._together.many
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        return self.cfg.mixture_layers
+
     def check(self, request: Request) -> None:
         tokens, p = request.prompt_token_ids, request.params
         if not tokens:

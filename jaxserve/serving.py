@@ -54,8 +54,16 @@ class Serving(Protocol):
         """
         ...
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The numbers of layers that have experts; those of MTP modules follow the model's last."""
+        ...
+
     def expert_load(self) -> np.ndarray:
-        """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last. Waits for what is launched."""
+        """Tokens that each expert has got so far, int64 `[l, e]`, a row for each of these layers.
+
+        Waits for what is launched.
+        """
         ...
 
     def recover(self) -> list[Output]:

@@ -100,8 +100,14 @@ class Config:
 
     @property
     def mixtures(self) -> int:
-        """Layers with experts, those of MTP modules too."""
-        return sum(self.is_moe) + (self.mtp_layers if self.experts else 0)
+        """How many layers have experts, those of MTP modules too."""
+        return len(self.mixture_layers)
+
+    @property
+    def mixture_layers(self) -> tuple[int, ...]:
+        """The numbers of those layers; as in checkpoints, MTP modules follow the last layer."""
+        modules = range(self.layers, self.layers + self.mtp_layers) if self.experts else ()
+        return (*(number for number, moe in enumerate(self.is_moe) if moe), *modules)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "Config":

@@ -18,11 +18,12 @@ class ExpertLoad:
 
     def __init__(self, engine: AsyncEngine):
         self._engine, self._looking = engine, asyncio.Lock()
+        self.layers = engine.engine.expert_layers
         self._load_le: np.ndarray | None = None
         self._at = -PAUSE
 
     async def read(self) -> np.ndarray | None:
-        """int64 `[l, e]`, of MTP modules last; None if the model has no experts. An engine that hangs holds nobody."""
+        """int64 `[l, e]`, a row for each of `layers`; None if there are none. An engine that hangs holds nobody."""
         if not self._looking.locked() and time.monotonic() - self._at >= PAUSE:
             async with self._looking:
                 with suppress(EngineError, TimeoutError):
@@ -34,4 +35,4 @@ class ExpertLoad:
     @property
     def last(self) -> np.ndarray | None:
         """What the last look saw."""
-        return None if self._load_le is None or self._load_le.shape[1] < 2 else self._load_le
+        return self._load_le if self.layers else None

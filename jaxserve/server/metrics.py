@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from jaxserve.counters import Counters
 from jaxserve.request import Output, Request
+from jaxserve.server.load import ExpertLoad
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -77,7 +78,7 @@ class Metrics:
         self._registry.register(EngineCollector(counters, self._labels))
         ProcessCollector(registry=self._registry)
 
-    def watch_load(self, load: Callable[[], np.ndarray | None]) -> None:
+    def watch_load(self, load: ExpertLoad) -> None:
         """From now on, shows what experts get, too."""
         self._registry.register(LoadCollector(load, self._labels))
 
@@ -211,16 +212,15 @@ class EngineCollector(Collector):
 class LoadCollector(Collector):
     """How evenly the tokens were spread over the experts."""
 
-    def __init__(self, load: Callable[[], np.ndarray | None], labels: dict[str, str]):
+    def __init__(self, load: ExpertLoad, labels: dict[str, str]):
         self._load, self._labels = load, labels
 
     def collect(self) -> Iterator[Metric]:
-        load_le = self._load()
-        if load_le is None:
+        if self._load.last is None:
             return
         text = "Tokens of a layer's most loaded expert, over the mean of its experts; 1 is even."
         family = GaugeMetricFamily("jaxserve:expert_load_imbalance", text, labels=(*self._labels, "layer"))
-        for layer, load_e in enumerate(load_le):
+        for layer, load_e in zip(self._load.layers, self._load.last, strict=True):
             if load_e.any():
                 family.add_metric([*self._labels.values(), str(layer)], load_e.max() / load_e.mean())
         yield family

@@ -68,7 +68,7 @@ async def stats(service: Service) -> dict[str, Any]:
         "tokens": {"prompt": c.prompt_tokens, "cached": c.cached_tokens, "generated": c.generated_tokens},
         "latency": metrics.percentiles(),
         "drafts": {"rows": c.wide_rows, "accepted": c.accepted},
-        "experts": None if load_le is None else {"layers": list(range(len(load_le))), "tokens": load_le.tolist()},
+        "experts": None if load_le is None else {"layers": load.layers, "tokens": load_le.tolist()},
         "steps": c.steps,
         "preemptions": c.preemptions,
         "compilations": {"warmup": c.compiled, "late": c.late_compiled},

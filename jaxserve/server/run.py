@@ -104,7 +104,7 @@ class Life:
         metrics = Metrics(lambda: llm.engine.counters, self._options.names[0])
         engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
         load = ExpertLoad(engine)
-        metrics.watch_load(lambda: load.last)
+        metrics.watch_load(load)
         self.service.ready(Loaded(engine, llm.tokenizer, metrics, load))
         self._ready(url)
         await self._first(self._end.wait(), engine.failed.wait())
