@@ -20,6 +20,7 @@ log = logging.getLogger("jaxserve.engine")
 FAILURES = 3
 """Steps that may fail one after another; then the engine is given up."""
 FAILED = "the engine has failed, and the server ends:"
+STOPPED = "the engine has been stopped"
 LOOK = 0.1
 """Seconds between two looks at whether the engine hangs."""
 
@@ -53,7 +54,7 @@ class AsyncEngine:
         self._todo: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopped = False
-        self._began: float | None = None  # the step that runs now
+        self._began: float | None = None  # the step that runs now, with what is asked before it
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._watch = self._loop.create_task(self._look_after())
@@ -88,8 +89,8 @@ class AsyncEngine:
 
     async def ask(self, call: Callable[[], T]) -> T:
         """What `call` returns, which the engine's thread makes between two steps."""
-        if self.failure:
-            raise self.failure
+        if self.failure or self._stopped:
+            raise self.failure or EngineError(STOPPED)
         answer: asyncio.Future[T] = self._loop.create_future()
         self._asked.add(answer)
         answer.add_done_callback(self._asked.discard)
@@ -110,13 +111,14 @@ class AsyncEngine:
         return len(self._inboxes)
 
     async def stop(self) -> None:
-        """Ends the thread after the step that it makes; one that hangs is left behind."""
+        """Ends the thread after the step that it makes; one that hangs is left behind. All who still wait are told."""
         self._watch.cancel()
         with self._wake:
             self._stopped = True
             self._wake.notify()
         if not self.failure:
             await asyncio.to_thread(self._thread.join)
+        self._give_up(EngineError(STOPPED))
 
     async def _take(
         self, inbox: asyncio.Queue[Output | EngineError], answers: int, deadline: float | None
@@ -147,11 +149,14 @@ class AsyncEngine:
         if self.failure or self._stopped:
             return
         self.failure = EngineError(why)
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(self.failure)
-        for answer in list(self._asked):
-            settle(answer, None, self.failure)
+        self._give_up(self.failure)
         self.failed.set()
+
+    def _give_up(self, error: EngineError) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(error)
+        for answer in list(self._asked):
+            settle(answer, None, error)
 
     def _tell(self, call: Callable[[], None]) -> None:
         with self._wake:
@@ -164,12 +169,14 @@ class AsyncEngine:
         failures = 0
         try:
             while self._wait():
+                self._began = time.monotonic()
                 while self._todo:
                     self._todo.popleft()()
                 if self.engine.busy:
                     failures = 0 if self._step() else failures + 1
                     if failures == FAILURES:
                         raise RuntimeError(f"{FAILURES} steps have failed one after another")
+                self._began = None
         except BaseException as error:
             log.exception("the engine has failed")
             post(self._loop, self.fail, f"{FAILED} {error!r}")
@@ -182,13 +189,11 @@ class AsyncEngine:
 
     def _step(self) -> bool:
         """Makes a step, or what is left of it if it fails; whether it was a good one."""
-        self._began = time.monotonic()
         try:
             outputs, good = self.engine.step(), True
         except Exception:
             log.exception("a step failed; answers that ran are lost")
             outputs, good = self.engine.recover(), False
-        self._began = None
         if outputs:
             post(self._loop, self._hand_out, outputs)
         return good

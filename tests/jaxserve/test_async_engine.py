@@ -142,3 +142,34 @@ def test_an_engine_that_hangs_fails_all_who_wait_and_all_who_come(make_engine, m
 
     run(engine, use, patience=0.2)
     go.set()
+
+
+def test_what_is_asked_of_the_engine_may_hang_no_longer_than_a_step(make_engine):
+    go = threading.Event()
+
+    async def use(driver):
+        with pytest.raises(EngineError, match="longer than 0.2 s"):
+            await driver.ask(lambda: go.wait(60))
+
+    run(make_engine(), use, patience=0.2)
+    go.set()
+
+
+def test_all_who_wait_for_an_engine_that_stops_are_told_and_all_who_come(make_engine, monkeypatch):
+    engine, inside, go = make_engine(), threading.Event(), threading.Event()
+    monkeypatch.setattr(engine, "_step", lambda: [inside.set(), go.wait(60)] and [])
+
+    async def use(driver):
+        waiting = asyncio.ensure_future(answer(driver, Request("x", (5,), greedy(4))))
+        await asyncio.to_thread(inside.wait, 60)
+        asking = asyncio.ensure_future(driver.ask(lambda: None))
+        await asyncio.sleep(0)
+        stopping = asyncio.ensure_future(driver.stop())
+        await asyncio.sleep(0)
+        go.set()
+        await stopping
+        for each in (waiting, asking, driver.ask(lambda: None)):
+            with pytest.raises(EngineError, match="stopped"):
+                await asyncio.wait_for(each, 60)
+
+    run(engine, use)
