@@ -24,6 +24,8 @@ from jaxserve.parallel.errors import RequestError
 if TYPE_CHECKING:
     from jaxserve.llm import LLM
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
 
 def serve(
     model: ModelArgument = None,
@@ -105,6 +107,8 @@ def serve(
 
     if any(not key for key in api_key or ()):
         raise RequestError("--api-key is empty; give a key, or leave it out to serve everybody")
+    if host not in LOCAL and not api_key:
+        notes.print(f"warning: whoever can reach {host}:{port} can use the model; --api-key asks for a key")
     tls = {
         "ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "ssl_keyfile_password": ssl_keyfile_password,
         "ssl_ca_certs": ssl_ca_certs,

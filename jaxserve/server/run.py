@@ -57,8 +57,8 @@ def serve(load: Callable[[], LLM], options: ServerOptions, ready: Callable[[str]
     """Serves a model until a signal ends it; gives the exit status.
 
     SIGTERM, or Ctrl-C: what was accepted is finished, what comes is refused; the second time, nothing is finished.
-    `ready` is told the address when the model is loaded. Raises RequestError if it can't listen, and what `load`
-    raises.
+    `ready` is told the address when the model is loaded. Raises RequestError if it can't listen, or not with these
+    certificates, and what `load` raises.
     """
     with listen(options.host, options.port) as sock:
         return asyncio.run(Life(load, options, ready).live(sock))
@@ -89,6 +89,11 @@ class Life:
             app, log_config=None, access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=GRACE, **o.tls,
         )  # fmt: skip
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            reason = "check that --ssl-certfile, --ssl-keyfile and --ssl-ca-certs are PEM files that belong together"
+            raise RequestError(f"https can't be served: {error}; {reason}") from None
         server = Server(config, self.end)
         serving = asyncio.create_task(server.serve([sock]))
         try:

@@ -1,5 +1,6 @@
 """What goes wrong with clients, with the engine and with time; nobody is ever left without an answer."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -11,7 +12,7 @@ import httpx2
 import pytest
 
 from jaxserve import LLM, RequestError, SamplingParams
-from jaxserve.server.run import listen
+from jaxserve.server.run import Life, ServerOptions, listen
 from jaxserve.server.service import Limits
 from tests.jaxserve.conftest import SIZE, with_few_shapes
 from tests.jaxserve.server.conftest import PATIENCE, eventually, running, starting
@@ -280,6 +281,13 @@ def test_a_server_that_is_to_end_while_it_loads_does_not_wait_for_that():
         assert http.get("/health").status_code == 503
     assert server.statuses == [0]
     go.set()
+
+
+def test_a_certificate_that_is_none_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "cert.pem").write_text("nothing")
+    life = Life(lambda: 1 / 0, ServerOptions(names=["x"], tls={"ssl_certfile": tmp_path / "cert.pem"}), print)
+    with listen("127.0.0.1", 0) as sock, pytest.raises(RequestError, match="https can't be served: .* PEM files"):
+        asyncio.run(life.live(sock))
 
 
 def test_a_port_that_is_taken_is_named():
