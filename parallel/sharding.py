@@ -28,6 +28,10 @@ PREFILL: Rules = {**DECODE, "h": AXES}
 """For ranks that prefill alone: each also has some heads, for the tokens of all (section 4.3.1: SP, TP, SP)."""
 
 
+CODES_STD = 32.0
+"""Of the codes of random INT8 weights: nearly all are within 127."""
+
+
 @dataclass(frozen=True)
 class Param:
     """A weight that does not exist yet: a leaf, so that trees of it map to trees of arrays, shardings or files."""
@@ -112,11 +116,12 @@ def quantized(param: Param, scales: tuple[int, ...] | None = None) -> QArray:
     """A weight as INT8, with so many scales along each axis; without a number, one for each row of the last axis.
 
     The rules that place the weight place both: codes are split as it was, and scales with them. Where an axis has one
-    scale for all, every part has that.
+    scale for all, every part has that. Initial values are spread like those of the weight.
     """
     scales = scales or (*param.shape[:-1], 1)
     axes = tuple(None if count == 1 else axis for axis, count in zip(param.axes, scales, strict=True))
-    return QArray(Param(param.shape, param.axes, jnp.int8), Param(scales, axes, jnp.float32))
+    codes = Param(param.shape, param.axes, jnp.int8, std=CODES_STD)
+    return QArray(codes, Param(scales, axes, jnp.float32, mean=param.std / CODES_STD))
 
 
 def bytes_per_device(params: Any, mesh: AnyMesh | None, rules: Rules) -> int:
@@ -134,7 +139,7 @@ def _local_shape(array: Any) -> tuple[int, ...]:
 
 
 def initialize(params: Any, key: jax.Array) -> Any:
-    """The tree of random arrays of a tree of `Param`: normal with its mean and standard deviation."""
+    """The tree of random arrays of a tree of `Param`: normal with its mean and standard deviation, INT8 rounded."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return tree.unflatten(_draw(p, k) for p, k in zip(leaves, keys, strict=True))
@@ -143,4 +148,7 @@ def initialize(params: Any, key: jax.Array) -> Any:
 def _draw(param: Param, key: jax.Array) -> jax.Array:
     if param.std == 0.0:
         return jnp.full(param.shape, param.mean, param.dtype)
-    return (param.mean + param.std * jax.random.normal(key, param.shape)).astype(param.dtype)
+    drawn = param.mean + param.std * jax.random.normal(key, param.shape)
+    if jnp.issubdtype(param.dtype, jnp.integer):
+        drawn = jnp.clip(jnp.round(drawn), -127, 127)
+    return drawn.astype(param.dtype)

@@ -199,6 +199,15 @@ def test_initial_values_have_the_mean_and_deviation_of_the_param():
     assert np.abs(values["b"] - 3.0 - values["a"]).max() > 0.1  # each array has its own key
 
 
+def test_random_int8_weights_are_spread_like_those_in_floats():
+    param = Param((64, 512), ("f", "d"), std=0.02)
+    drawn = initialize(quantized(param), jax.random.key(2))
+    codes = np.asarray(drawn.codes, np.float64)
+    assert drawn.codes.dtype == np.int8 and drawn.scale.dtype == np.float32
+    assert abs(codes).max() <= 127 and abs(codes).max() > 100
+    assert (codes * np.asarray(drawn.scale)).std() == pytest.approx(param.std, rel=0.02)
+
+
 def test_values_without_deviation_are_the_mean_and_zeros_are_zero():
     params = Param((3,), ("d",), jnp.bfloat16, mean=1.0)
     np.testing.assert_array_equal(initialize(params, jax.random.key(0)), np.ones(3))
