@@ -69,16 +69,18 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`. Where it has the name of a special token, that token stands, whoever wrote it."""
+        # As a batch: for one text the library holds Python's lock, and a long text would stop all other threads.
         try:
-            ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # how the library says that a str is not valid Unicode
             raise RequestError("the text has half of a surrogate pair, which no UTF-8 can hold; remove it") from None
-        return [self.bos_id, *ids] if add_special_tokens and self._prepends_bos and self.bos_id is not None else ids
+        begins = add_special_tokens and self._prepends_bos and self.bos_id is not None
+        return [self.bos_id, *found.ids] if begins else found.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""
         try:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0]  # see `encode`
         except OverflowError:
             raise RequestError(
                 f"token ids must be from 0 to {self.vocab_size - 1}; got {min(ids)} to {max(ids)}"

@@ -1,6 +1,7 @@
 import functools
 import itertools
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -380,3 +381,22 @@ def test_a_damaged_settings_file_is_named(tmp_path, name, content, said):
 def test_a_named_token_that_the_vocabulary_lacks_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="names '<eot>' as eos_token, but tokenizer.json has no such token"):
         Tokenizer.from_folder(write(tmp_path, tokenizer_config={"eos_token": "<eot>"}))
+
+
+@pytest.mark.parametrize("kind", ["text", "ids"])
+def test_other_threads_go_on_while_much_is_encoded_or_decoded(kind):
+    tokenizer, over, turns = Tokenizer(byte_level()), threading.Event(), 0
+
+    def work():
+        if kind == "text":
+            tokenizer.encode("a" * 2_000_000)
+        else:
+            tokenizer.decode([5] * 2_000_000)
+        over.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    while not over.wait(0.001):
+        turns += 1
+    worker.join()
+    assert turns > 10
