@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import SamplingParams, StructuredOutputs
@@ -120,10 +120,10 @@ class Guides:
     def _new_matcher(self, grammar: str, name: str) -> LLMatcher:
         if self._ll is None:
             self._ll = self._new_tokenizer()
-        fault = LLMatcher.validate_grammar(grammar, self._ll)
+        fault = LLMatcher.validate_grammar(grammar, self._ll, limits=_LIMITS)
         if fault and not fault.startswith("WARNING"):
             raise RequestError(f"structured_outputs.{name} can't be followed: {_short(fault, name)}")
-        matcher = LLMatcher(self._ll, grammar, log_level=0)
+        matcher = LLMatcher(self._ll, grammar, log_level=0, limits=_LIMITS)
         if not _allowed(matcher, -(-self._vocabulary // 32)).any():
             raise RequestError(f"structured_outputs.{name} can't be followed: no text has this form")
         return matcher
@@ -133,6 +133,10 @@ class Guides:
             return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocabulary, eos_token=self._eos_ids)
         except ValueError as error:
             raise RequestError(f"structured_outputs can't be followed with this model's tokenizer: {error}") from None
+
+
+_LIMITS = LLParserLimits(initial_lexer_fuel=300_000)
+"""A form that explodes, `(a{1000}){1000}`, keeps some 10 MB then, and more than 100 with llguidance's own million."""
 
 
 def _short(fault: str, name: str) -> str:

@@ -1,9 +1,12 @@
 """Forms that an answer must have: what the embedded model says at a high temperature still has them."""
 
+import contextlib
 import functools
 import itertools
 import json
+import os
 import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -391,3 +394,16 @@ def test_a_form_that_can_not_be_followed_is_refused_before_anything_is_queued(ll
 def test_a_tokenizer_that_forms_can_not_be_followed_with_is_said_so():
     with pytest.raises(RequestError, match="structured_outputs can't be followed with this model's tokenizer: .*Fuse"):
         Guides(word_tokenizer(97), 97, [EOS]).make(guided("regex"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_forms_that_explode_keep_little_memory():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    guide(json_object=True)
+    before = resident()
+    for regex in ("(a{1000}){998}", "(a{1000}){999}", "(a{1000}){1000}"):
+        with contextlib.suppress(RequestError):
+            guide(regex=regex).bits(())
+    assert resident() - before < 200 << 20
