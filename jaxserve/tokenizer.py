@@ -74,8 +74,8 @@ class Tokenizer:
             (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # how the library says that a str is not valid Unicode
             raise RequestError("the text has half of a surrogate pair, which no UTF-8 can hold; remove it") from None
-        begins = add_special_tokens and self._prepends_bos and self.bos_id is not None
-        return [self.bos_id, *found.ids] if begins else found.ids
+        ids = found.ids
+        return [self.bos_id, *ids] if add_special_tokens and self._prepends_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token become nothing."""
