@@ -63,6 +63,9 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, watch)
+        except Exception:
+            status = status or 500  # which is sent outside of this
+            raise
         finally:
             seconds = time.perf_counter() - began
             if scope["path"] not in QUIET or status == 500:

@@ -21,6 +21,8 @@ from jaxserve.slots import NONE_ALLOWED
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+STALLED = 5.0
+"""Seconds that a client has to read the last of a stream, when the time of its request is over."""
 
 
 class Call(Protocol):
@@ -60,10 +62,11 @@ async def respond(service: Service, http: HttpRequest, call: Call) -> Response:
 async def _begin(service: Service, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack) -> Response:
     await service.check(call.requests)
     usage = Usage()
-    outputs = await stack.enter_async_context(service.outputs(call.requests, _seconds(http)))
+    deadline = service.deadline(_seconds(http))
+    outputs = await stack.enter_async_context(service.outputs(call.requests, deadline))
     counted = _count(outputs, call, usage, http)
     if call.stream:
-        return EventStream(_events(counted, call, usage))
+        return EventStream(_events(counted, call, usage), deadline + STALLED)
     async for number, output in counted:
         call.grow(number, output)
     return json_response(call.whole(usage))
@@ -110,15 +113,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]):
-        self.status_code, self.background, self._events = 200, None, events
+    def __init__(self, events: AsyncIterator[bytes], deadline: float):
+        """The `deadline` is for clients that are there, but don't read; of the event loop's clock."""
+        self.status_code, self.background, self._events, self._deadline = 200, None, events, deadline
         self.resources = contextlib.AsyncExitStack()  # let go at the end
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.resources:
-            with contextlib.suppress(ClientDisconnect, OSError):
-                await unless_gone(receive, self._send(send))
+            with contextlib.suppress(ClientDisconnect, OSError):  # a TimeoutError is one
+                async with asyncio.timeout_at(self._deadline):
+                    await unless_gone(receive, self._send(send))
 
     def init_headers(self, headers: Any = None) -> None:
         super().init_headers(headers)

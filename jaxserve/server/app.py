@@ -1,5 +1,6 @@
 """The application: which path is answered by whom."""
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
@@ -25,7 +26,7 @@ from jaxserve.server.auth import Auth
 from jaxserve.server.errors import ApiError, decode, handle, json_response
 from jaxserve.server.openapi import describe
 from jaxserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from jaxserve.server.service import Service
+from jaxserve.server.service import Limits, Service
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 STATIC = Path(str(files("jaxserve.server"))) / "static"
@@ -50,20 +51,20 @@ def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] 
 
 def _routes(service: Service) -> list[Route | Mount]:
     async def complete(http: Request) -> Response:
-        body = await read(http, CompletionRequest, most)
+        body = await read(http, CompletionRequest, limits)
         call = await completions.make_call(service, body, _new_id(http, "cmpl"))
         return await respond(service, http, call)
 
     async def converse(http: Request) -> Response:
-        body = await read(http, ChatRequest, most)
+        body = await read(http, ChatRequest, limits)
         call = await chat.make_call(service, body, _new_id(http, "chatcmpl"))
         return await respond(service, http, call)
 
     async def tokenize(http: Request) -> Response:
-        return json_response(await probes.tokenize(service, await read(http, TokenizeRequest, most)))
+        return json_response(await probes.tokenize(service, await read(http, TokenizeRequest, limits)))
 
     async def detokenize(http: Request) -> Response:
-        return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest, most)))
+        return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest, limits)))
 
     async def show(http: Request) -> Response:
         return json_response(await probes.stats(service))
@@ -71,8 +72,7 @@ def _routes(service: Service) -> list[Route | Mount]:
     async def measure(http: Request) -> Response:
         return await probes.metrics(service)
 
-    most = service.limits.body_bytes
-    description = describe(service)
+    limits, description = service.limits, describe(service)
     return [
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", converse, methods=["POST"]),
@@ -108,17 +108,27 @@ def _name(http: Request) -> str:
     return http.path_params["name"]
 
 
-async def read(http: Request, kind: type[Body], most: int) -> Body:
-    """A request's body, of so many bytes at most. Only JSON is taken: a form on another site's page can't send that."""
+async def read(http: Request, kind: type[Body], limits: Limits) -> Body:
+    """A request's body. Only JSON is taken: a form on another site's page can't send that."""
     said = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if said != "application/json":
         raise ApiError(415, f"Content-Type: {said or 'nothing'}: it must be application/json")
+    try:
+        async with asyncio.timeout(limits.seconds):
+            return decode(await _gather(http, limits.body_bytes), kind)
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body has not come within {limits.seconds:g} s", headers={"Connection": "close"}
+        ) from None
+
+
+async def _gather(http: Request, most: int) -> bytes:
     body = bytearray()
     async for part in http.stream():
         body += part
         if len(body) > most:
             raise ApiError(413, f"the body has more than {most} bytes, this server's limit (--max-body-bytes)")
-    return decode(bytes(body), kind)
+    return bytes(body)
 
 
 class SafeHeaders:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Output, Request, TokenLogprobs
@@ -19,6 +20,7 @@ async def make_call(service: Service, body: CompletionRequest, id: str) -> "Comp
     """The requests of a body. Raises RequestError or ApiError that names what is wrong."""
     service.check_model(body.model)
     prompts = _prompts(body.prompt)
+    service.check_count(len(prompts) * (body.n or 1))  # before what takes long
     texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
     tokens = [await service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     only_echo = body.max_tokens == 0
@@ -39,8 +41,8 @@ def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
         return [given]
     if not given:
         raise RequestError("prompt has nothing in it; give a text, token ids, or a list of such")
-    if all(isinstance(each, int) for each in given):
-        return [[each for each in given if isinstance(each, int)]]
+    if set(map(type, given)) == {int}:
+        return [cast("list[int]", given)]
     prompts = [each for each in given if not isinstance(each, int)]
     if len(prompts) < len(given):
         raise RequestError("prompt has token ids beside other things; give a text, token ids, or a list of such")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from jaxserve.parallel.errors import EngineError, JaxserveError, QueueFullError, RequestError
@@ -59,6 +59,8 @@ def as_api_error(error: Exception) -> ApiError:
         case TimeoutError():
             message = "the answer was not complete within its time, and was given up; ask for less, or allow more time"
             return ApiError(504, message, code="deadline_exceeded", headers={"x-should-retry": "false"})
+        case ClientDisconnect():
+            return ApiError(499, "the client went away")  # nginx's status, for the log alone
         case HTTPException():
             return ApiError(error.status_code, _told(error), headers=error.headers)
         case JaxserveError():

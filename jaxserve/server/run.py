@@ -17,6 +17,7 @@ from jaxserve.server.app import make_app
 from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
 from jaxserve.server.service import Limits, Loaded, Service
+from jaxserve.server.wire import Protocol
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ class Life:
         self._end, self._hurry = asyncio.Event(), asyncio.Event()
         app = make_app(self.service, o.keys, o.origins)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", server_header=False,
+            app, http=Protocol, log_config=None, access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=GRACE, **o.tls,
         )  # fmt: skip
         try:

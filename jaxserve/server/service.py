@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,6 +16,9 @@ from jaxserve.server.errors import ApiError
 from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
 from jaxserve.tokenizer import Tokenizer
+
+LONG = 1 << 16
+"""Characters of a text that takes long to be made tokens of, and much memory."""
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -49,6 +53,8 @@ class Service:
         self._loaded: Loaded | None = None
         self._draining = False
         self._busy: Counter[str | None] = Counter()  # requests by key
+        # What may take long has a thread of its own, so that others always find one.
+        self._long, self._forms = ThreadPoolExecutor(1, "long texts"), ThreadPoolExecutor(1, "forms")
         self.idle = asyncio.Event()  # no request is being answered
         self.idle.set()
 
@@ -111,16 +117,25 @@ class Service:
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokens of a text; long ones take time, which others must not wait for."""
-        return await asyncio.to_thread(self.loaded.tokenizer.encode, text, add_special_tokens)
+        encode = self.loaded.tokenizer.encode
+        if len(text) < LONG:
+            return await asyncio.to_thread(encode, text, add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._long, encode, text, add_special_tokens)
 
     async def check(self, requests: Sequence[Request]) -> None:
         """Raises RequestError if one can't be served. Forms are compiled here, not in the engine's thread."""
-        count, most = sum(request.params.n for request in requests), self.limits.answers
-        if count > most:
-            raise RequestError(f"n = {count} answers, of all prompts together: at most {most} can be asked for at once")
+        self.check_count(sum(request.params.n for request in requests))
         for request in requests:
             self._check_lengths(request.prompt_token_ids, request.params)
-            await asyncio.to_thread(self.loaded.engine.engine.check, request)
+            pool = self._forms if request.params.structured_outputs else None
+            await asyncio.get_running_loop().run_in_executor(pool, self.loaded.engine.engine.check, request)
+
+    def check_count(self, answers: int) -> None:
+        """Raises RequestError if a request asks for more answers than one may."""
+        if answers > (most := self.limits.answers):
+            raise RequestError(
+                f"n = {answers} answers, of all prompts together: at most {most} can be asked for at once"
+            )
 
     def _check_lengths(self, tokens: Sequence[int], params: SamplingParams) -> None:
         longest, most = self.limits.prompt_tokens, self.limits.max_tokens
@@ -129,13 +144,16 @@ class Service:
         if most is not None and (params.max_tokens or 0) > most:
             raise RequestError(f"max_tokens = {params.max_tokens}: this server gives {most} at most")
 
+    def deadline(self, seconds: float | None) -> float:
+        """When a request is over that its client gives so much time, by the event loop's clock."""
+        allowed = self.limits.seconds if seconds is None else min(seconds, self.limits.seconds)
+        return asyncio.get_running_loop().time() + allowed
+
     @asynccontextmanager
     async def outputs(
-        self, requests: Sequence[Request], seconds: float | None
+        self, requests: Sequence[Request], deadline: float
     ) -> AsyncIterator[AsyncIterator[tuple[int, Output]]]:
         """What comes of some requests, with the number of each; see `AsyncEngine.submit`."""
-        allowed = self.limits.seconds if seconds is None else min(seconds, self.limits.seconds)
-        deadline = asyncio.get_running_loop().time() + allowed
         numbers = {request.id: number for number, request in enumerate(requests)}
         async with self.loaded.engine.submit(requests, deadline) as outputs:
             yield ((numbers[output.request_id], output) async for output in outputs)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -70,3 +72,14 @@ def test_a_bug_is_logged_with_its_place_and_told_without_it(server, lines, monke
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the server has a bug (ZeroDivisionError); its log says more"
     assert eventually(lambda: any("exception" in line for line in lines()))
+    assert [line["status"] for line in lines() if "status" in line] == [500]
+
+
+def test_of_a_client_that_left_before_it_was_answered_the_log_says_so(server, lines):
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(
+            b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+    assert eventually(lines)
+    assert [line["status"] for line in lines()] == [499]

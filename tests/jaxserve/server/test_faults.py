@@ -243,6 +243,21 @@ def test_a_key_has_as_many_requests_at_once_as_it_may(make_llm, monkeypatch):
         assert ask(server, **SHORT, headers=keys[0]).status_code == 200
 
 
+def test_forms_that_take_long_to_prepare_keep_nobody_else_waiting(make_llm, monkeypatch):
+    llm, go = make_llm(), threading.Event()
+    make = llm.engine._guides.make
+    monkeypatch.setattr(
+        llm.engine._guides, "make", lambda params: (params.structured_outputs and go.wait(PATIENCE), make(params))[1]
+    )
+    with running(llm) as server, ThreadPoolExecutor(40) as pool:  # more than asyncio has threads
+        slowly = [pool.submit(ask, server, **SHORT, structured_outputs={"regex": "t5"}) for _ in range(40)]
+        assert eventually(lambda: server.life.service._busy[None] == 40)
+        assert ask(server, **SHORT | {"prompt": "t5 t7"}).status_code == 200
+        assert not any(each.done() for each in slowly)
+        go.set()
+        assert all(each.result().status_code in (200, 400) for each in slowly)
+
+
 def test_limits_of_a_server_are_told(make_llm):
     limits = Limits(body_bytes=1000, prompt_tokens=3, answers=4, max_tokens=5)
     with running(make_llm(), limits) as server, server.client() as http:
