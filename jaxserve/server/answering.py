@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -47,22 +47,24 @@ class Call(Protocol):
         ...
 
 
-async def respond(service: Service, http: HttpRequest, call: Call) -> Response:
-    """Answers a request. If its client goes away, or its time is over, nothing more is generated for it."""
+async def respond(service: Service, http: HttpRequest, make: Callable[[], Awaitable[Call]]) -> Response:
+    """Answers the request that `make` makes. If its client goes away, or its time is over, nothing more is done."""
     stack = contextlib.AsyncExitStack()
     async with stack:
         await stack.enter_async_context(service.accepted(http.scope["state"].get("key")))
-        work = _begin(service, http, call, stack)
-        response = await unless_gone(http.receive, work)
+        response = await unless_gone(http.receive, _begin(service, http, make, stack))
         if isinstance(response, EventStream):
             response.resources = stack.pop_all()  # it goes on
     return response
 
 
-async def _begin(service: Service, http: HttpRequest, call: Call, stack: contextlib.AsyncExitStack) -> Response:
-    await service.check(call.requests)
-    usage = Usage()
-    deadline = service.deadline(_seconds(http))
+async def _begin(
+    service: Service, http: HttpRequest, make: Callable[[], Awaitable[Call]], stack: contextlib.AsyncExitStack
+) -> Response:
+    deadline, usage = service.deadline(_seconds(http)), Usage()
+    async with asyncio.timeout_at(deadline):
+        call = await make()
+        await service.check(call.requests)
     outputs = await stack.enter_async_context(service.outputs(call.requests, deadline))
     counted = _count(outputs, call, usage, http)
     if call.stream:

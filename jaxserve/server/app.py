@@ -52,13 +52,13 @@ def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] 
 def _routes(service: Service) -> list[Route | Mount]:
     async def complete(http: Request) -> Response:
         body = await read(http, CompletionRequest, limits)
-        call = await completions.make_call(service, body, _new_id(http, "cmpl"))
-        return await respond(service, http, call)
+        id = _new_id(http, "cmpl")
+        return await respond(service, http, lambda: completions.make_call(service, body, id))
 
     async def converse(http: Request) -> Response:
         body = await read(http, ChatRequest, limits)
-        call = await chat.make_call(service, body, _new_id(http, "chatcmpl"))
-        return await respond(service, http, call)
+        id = _new_id(http, "chatcmpl")
+        return await respond(service, http, lambda: chat.make_call(service, body, id))
 
     async def tokenize(http: Request) -> Response:
         return json_response(await probes.tokenize(service, await read(http, TokenizeRequest, limits)))

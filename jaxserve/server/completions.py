@@ -26,8 +26,8 @@ async def make_call(service: Service, body: CompletionRequest, id: str) -> "Comp
     only_echo = body.max_tokens == 0
     if only_echo and not body.echo:
         raise RequestError("max_tokens = 0: it must be 1 or more, unless echo is true")
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-    params = sampling_params(body, service.most_tokens(max_tokens), body.logprobs, body.logprobs if body.echo else None)
+    max_tokens = service.most_tokens(1 if only_echo else body.max_tokens, DEFAULT_MAX_TOKENS)
+    params = sampling_params(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
     requests = [
         Request(f"{id}-{number}", tuple(ids), params, text, body.priority or 0)
         for number, (ids, text) in enumerate(zip(tokens, texts, strict=True))

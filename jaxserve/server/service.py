@@ -106,9 +106,11 @@ class Service:
             if not self._busy:
                 self.idle.set()
 
-    def most_tokens(self, asked: int | None) -> int | None:
-        """Tokens of an answer, if a client asks for so many; None: as many as there may be."""
-        return self.limits.max_tokens if asked is None else asked
+    def most_tokens(self, asked: int | None, default: int | None = None) -> int | None:
+        """Tokens of an answer: so many as a client asks for, else the `default`, within the limit; None: no limit."""
+        if asked is not None:
+            return asked
+        return min((most for most in (default, self.limits.max_tokens) if most is not None), default=None)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:

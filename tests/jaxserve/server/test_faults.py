@@ -158,6 +158,17 @@ def test_a_request_that_takes_longer_than_its_time_is_ended(make_llm, monkeypatc
             assert ask(server, **SHORT, headers={"X-Request-Timeout": wrong}).status_code == 400
 
 
+@pytest.mark.parametrize("place", ["tokenizer.encode", "engine.check"])
+def test_time_runs_from_when_a_request_comes_not_from_when_it_is_queued(make_llm, monkeypatch, place):
+    llm, go = make_llm(), threading.Event()
+    with running(llm) as server:
+        owner, name = place.split(".")
+        monkeypatch.setattr(getattr(llm, owner), name, lambda *_: go.wait(PATIENCE))
+        answer = ask(server, prompt="t5 t7", max_tokens=4, headers={"X-Request-Timeout": "0.3"})
+        go.set()
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("begun", [False, True], ids=["queued", "running"])
 def test_a_client_that_goes_away_is_not_served_any_more(make_llm, monkeypatch, stream, begun):
@@ -258,13 +269,17 @@ def test_forms_that_take_long_to_prepare_keep_nobody_else_waiting(make_llm, monk
         assert all(each.result().status_code in (200, 400) for each in slowly)
 
 
-def test_limits_of_a_server_are_told(make_llm):
+def test_limits_of_a_server_are_told(make_llm, monkeypatch):
     limits = Limits(body_bytes=1000, prompt_tokens=3, answers=4, max_tokens=5)
     with running(make_llm(), limits) as server, server.client() as http:
         too_long = ask(server, prompt=[1] * 4)
         assert "prompt has 4 tokens; this server takes 3" in too_long.json()["error"]["message"]
         assert "max_tokens = 6: this server gives 5 at most" in ask(server, prompt=[1], max_tokens=6).text
+        assert ask(server, prompt=[1], ignore_eos=True).json()["usage"]["completion_tokens"] == 5
         assert "at most 4" in ask(server, prompt=[[1], [2]], n=3).text
+        monkeypatch.setattr(server.llm.tokenizer, "encode", lambda *_: pytest.fail("work before the count is known"))
+        assert "n = 5 answers" in ask(server, prompt=["t1"] * 5).text
+        monkeypatch.undo()
         large = ask(server, prompt="x" * 1000)
         assert (large.status_code, large.json()["error"]["type"]) == (413, "invalid_request_error")
         chat = {"messages": [{"role": "user", "content": "t5"}], "ignore_eos": True}

@@ -221,6 +221,9 @@ def test_models_are_listed_and_the_unknown_one_is_not_found(client):
         ({"prompt": []}, "prompt", "prompt has nothing in it"),
         ({"prompt": [1, "a"]}, "prompt", "prompt has token ids beside other things"),
         ({"n": 129}, "n", "n = 129 answers, of all prompts together: at most 128"),
+        ({"max_tokens": -1, "extra_body": {"echo": True}}, "max_tokens", "max_tokens = -1: it must be a whole number"),
+        ({"stop": ["x"] * 129}, "stop", "stop has 129 texts of 129 characters; it must have"),
+        ({"extra_body": {"bad_words": ["x" * 4097]}}, "bad_words", "bad_words has 1 texts of 4097 characters"),
         ({"logprobs": 21}, "logprobs", "logprobs = 21: it must be a whole number from 0 to 20"),
     ],
 )
