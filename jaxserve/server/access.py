@@ -10,11 +10,16 @@ from typing import Any
 
 import msgspec
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxserve.server.errors import as_api_error
 
 log = logging.getLogger("jaxserve.server")
 QUIET = ("/health", "/metrics", "/stats")
 """Asked every few seconds by whoever watches: logged only if they fail."""
+LONGEST = 500
+"""Characters of a client's text in a line."""
 
 
 class JsonLines(logging.Formatter):
@@ -33,8 +38,16 @@ class JsonLines(logging.Formatter):
 
 
 def note(http: Request, **fields: Any) -> None:
-    """Adds to the line of a request."""
-    http.scope["state"]["note"].update(fields)
+    """Adds to the line of a request what is not None; of a long text, its beginning."""
+    said = {name: value[:LONGEST] if isinstance(value, str) else value for name, value in fields.items()}
+    http.scope["state"]["note"].update({name: value for name, value in said.items() if value is not None})
+
+
+async def tell(http: Request, error: Exception) -> Response:
+    """The response to a request that raised; its line says so too."""
+    told = as_api_error(error)
+    note(http, error=told.error.message)
+    return told.response()
 
 
 class AccessLog:
@@ -63,9 +76,11 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, watch)
-        except Exception:
-            status = status or 500  # which is sent outside of this
-            raise
+        except Exception as error:
+            if status:  # too late to tell
+                raise
+            response = await tell(Request(scope), error)
+            await response(scope, receive, watch)
         finally:
             seconds = time.perf_counter() - began
             if scope["path"] not in QUIET or status == 500:
@@ -77,7 +92,7 @@ def _fields(scope: Scope, status: int, first: float | None, seconds: float) -> d
     client = scope.get("client")
     return {
         "id": scope["state"]["id"],
-        "status": status or None,  # None: the client went away before there was any
+        "status": status or None,  # None: it was cancelled, for the server ends
         "client": client and client[0],
         "first_byte_ms": first and round(first * 1e3, 1),
         "duration_ms": round(seconds * 1e3, 1),

@@ -68,7 +68,7 @@ async def _begin(
     outputs = await stack.enter_async_context(service.outputs(call.requests, deadline))
     counted = _count(outputs, call, usage, http)
     if call.stream:
-        return EventStream(_events(counted, call, usage), deadline + STALLED)
+        return EventStream(_events(counted, call, usage, http), deadline + STALLED)
     async for number, output in counted:
         call.grow(number, output)
     return json_response(call.whole(usage))
@@ -91,7 +91,9 @@ async def _count(
         yield number, output
 
 
-async def _events(outputs: AsyncIterator[tuple[int, Output]], call: Call, usage: Usage) -> AsyncIterator[bytes]:
+async def _events(
+    outputs: AsyncIterator[tuple[int, Output]], call: Call, usage: Usage, http: HttpRequest
+) -> AsyncIterator[bytes]:
     """Server-sent events; an error is one too, for the status is said already."""
     try:
         if first := call.open():
@@ -102,7 +104,9 @@ async def _events(outputs: AsyncIterator[tuple[int, Output]], call: Call, usage:
         if call.include_usage:
             yield _event(call.chunk([], usage))
     except Exception as error:
-        yield _event(ErrorBody(as_api_error(error).error))
+        told = as_api_error(error).error
+        note(http, error=told.message)
+        yield _event(ErrorBody(told))
     yield DONE
 
 

@@ -20,17 +20,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxserve.parallel.errors import JaxserveError
 from jaxserve.server import chat, completions, probes
-from jaxserve.server.access import AccessLog, note
+from jaxserve.server.access import AccessLog, note, tell
 from jaxserve.server.answering import respond
 from jaxserve.server.auth import Auth
-from jaxserve.server.errors import ApiError, decode, handle, json_response
+from jaxserve.server.errors import ApiError, decode, json_response
 from jaxserve.server.openapi import describe
-from jaxserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from jaxserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
 from jaxserve.server.service import Limits, Service
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 STATIC = Path(str(files("jaxserve.server"))) / "static"
-ERRORS = (ApiError, JaxserveError, TimeoutError, HTTPException, ClientDisconnect, Exception)
+ERRORS = (ApiError, JaxserveError, TimeoutError, HTTPException, ClientDisconnect)
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
@@ -45,19 +45,19 @@ def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] 
             Middleware(Auth, keys=keys),
             Middleware(SafeHeaders),
         ],
-        exception_handlers={kind: handle for kind in ERRORS},
+        exception_handlers={kind: tell for kind in ERRORS},
     )
 
 
 def _routes(service: Service) -> list[Route | Mount]:
     async def complete(http: Request) -> Response:
         body = await read(http, CompletionRequest, limits)
-        id = _new_id(http, "cmpl")
+        id = _new_id(http, "cmpl", body)
         return await respond(service, http, lambda: completions.make_call(service, body, id))
 
     async def converse(http: Request) -> Response:
         body = await read(http, ChatRequest, limits)
-        id = _new_id(http, "chatcmpl")
+        id = _new_id(http, "chatcmpl", body)
         return await respond(service, http, lambda: chat.make_call(service, body, id))
 
     async def tokenize(http: Request) -> Response:
@@ -97,10 +97,10 @@ def _get(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable
     return endpoint
 
 
-def _new_id(http: Request, kind: str) -> str:
+def _new_id(http: Request, kind: str, body: Sampled) -> str:
     """Of an answer; a client's own id of its request may be that of others too."""
     id = f"{kind}-{uuid.uuid4().hex}"
-    note(http, answer=id)
+    note(http, answer=id, user=body.user)
     return id
 
 

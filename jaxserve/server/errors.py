@@ -1,18 +1,21 @@
 """Errors as OpenAI's clients know them: a status, and `{"error": {"message", "type", "param", "code"}}`."""
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from jaxserve.parallel.errors import EngineError, JaxserveError, QueueFullError, RequestError
 from jaxserve.server.protocol import Error, ErrorBody
 
 T = TypeVar("T")
+
+log = logging.getLogger("jaxserve.server")
 
 TYPES = {
     400: "invalid_request_error",
@@ -46,7 +49,7 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error; unknown ones are bugs, whose details are for the log alone."""
+    """What a client is told of an error; unknown ones are bugs, whose details go to the log alone."""
     match error:
         case ApiError():
             return error
@@ -65,6 +68,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, _told(error), headers=error.headers)
         case JaxserveError():
             return ApiError(500, str(error))
+    log.error("a bug of the server", exc_info=error)
     return ApiError(500, f"the server has a bug ({type(error).__name__}); its log says more")
 
 
@@ -82,11 +86,6 @@ def decode(body: bytes, kind: type[T]) -> T:
         raise ApiError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
-
-
-async def handle(request: Request, error: Exception) -> Response:
-    """For Starlette: the response to a request that raised."""
-    return as_api_error(error).response()
 
 
 def _param(message: str) -> str | None:

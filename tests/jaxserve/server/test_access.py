@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from jaxserve.server.access import JsonLines
+from jaxserve.server.completions import CompletionCall
 from tests.jaxserve.server.conftest import eventually
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -71,8 +72,32 @@ def test_a_bug_is_logged_with_its_place_and_told_without_it(server, lines, monke
         answer = http.post("/v1/completions", json={"prompt": "def f"})
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == "the server has a bug (ZeroDivisionError); its log says more"
-    assert eventually(lambda: any("exception" in line for line in lines()))
-    assert [line["status"] for line in lines() if "status" in line] == [500]
+    assert eventually(lambda: len(lines()) == 2)
+    bug, line = lines()
+    assert "ZeroDivisionError" in bug["exception"]
+    assert (line["status"], line["error"]) == (500, answer.json()["error"]["message"])
+    assert line["id"] == answer.headers["X-Request-Id"]
+
+
+def test_what_breaks_a_stream_is_logged_though_its_status_was_good(server, lines, monkeypatch):
+    monkeypatch.setattr(CompletionCall, "_grow", lambda *_: 1 / 0)
+    with server.client() as http:
+        answer = http.post("/v1/completions", json={"prompt": "def f", "stream": True})
+    assert answer.status_code == 200 and "the server has a bug (ZeroDivisionError)" in answer.text
+    assert eventually(lambda: len(lines()) == 2)
+    bug, line = lines()
+    assert "ZeroDivisionError" in bug["exception"]
+    assert (line["status"], line["error"]) == (200, "the server has a bug (ZeroDivisionError); its log says more")
+
+
+def test_who_asks_and_what_was_wrong_is_in_the_line_but_not_all_of_a_long_text(server, lines):
+    with server.client() as http:
+        http.post("/v1/completions", json={"prompt": "def f", "user": "ada", "max_tokens": 1})
+        http.post("/v1/completions", json={"prompt": "def f", "model": "m" * 10_000})
+    assert eventually(lambda: len(lines()) == 2)
+    good, wrong = lines()
+    assert good["user"] == "ada" and "error" not in good
+    assert wrong["error"].startswith("model 'mmm") and len(wrong["error"]) == 500
 
 
 def test_of_a_client_that_left_before_it_was_answered_the_log_says_so(server, lines):
