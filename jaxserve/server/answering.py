@@ -31,6 +31,7 @@ class Call(Protocol):
     requests: list[Request]
     stream: bool
     include_usage: bool  # at the end of a stream
+    only_echo: bool  # what is generated is nobody's
 
     def open(self) -> Sequence[Any]:
         """What a stream begins with: choices of chunks."""
@@ -81,8 +82,9 @@ async def _count(
     usage.prompt_tokens = usage.total_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
     note(http, usage=usage)
     async for number, output in outputs:
-        usage.completion_tokens += len(output.token_ids)
-        usage.total_tokens += len(output.token_ids)
+        count = 0 if call.only_echo else len(output.token_ids)
+        usage.completion_tokens += count
+        usage.total_tokens += count
         if output.index == 0:
             usage.prompt_tokens_details.cached_tokens += output.num_cached_tokens
         if output.finish_reason == "error":

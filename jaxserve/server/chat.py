@@ -63,6 +63,8 @@ def render(tokenizer: Tokenizer, body: ChatRequest) -> list[int]:
 class ChatCall:
     """A request for a message; it has `n` choices."""
 
+    only_echo = False
+
     def __init__(
         self, id: str, model: str, body: ChatRequest, request: Request, tokenizer: Tokenizer, manner: Manner
     ):  # fmt: skip

@@ -59,7 +59,8 @@ class CompletionCall:
         self.requests, self.stream = requests, bool(body.stream)
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._said = {"id": id, "created": int(time.time()), "model": model}
-        self._n, self._echo, self._only_echo, self._tokenizer = body.n or 1, bool(body.echo), only_echo, tokenizer
+        self.only_echo = only_echo
+        self._n, self._echo, self._tokenizer = body.n or 1, bool(body.echo), tokenizer
         self._logprobs, self._skip = body.logprobs is not None, body.skip_special_tokens is not False
         self._known: dict[int, tuple[TokenLogprobs | None, ...]] = {}  # of prompts' tokens
         self._waiting: dict[int, list[Output]] = {}  # for that, by prompt
@@ -83,7 +84,7 @@ class CompletionCall:
         index = number * self._n + output.index
         begins = index not in self._choices
         text, ids, scores, reason = output.text, output.token_ids, output.logprobs, output.finish_reason
-        if self._only_echo:
+        if self.only_echo:
             text, ids, scores, reason = "", (), (), reason and "length"
         entries: list[Entry] = list(zip(ids, scores, strict=True)) if self._logprobs else []
         if self._echo and begins:
@@ -102,9 +103,6 @@ class CompletionCall:
         return Completion(**self._said, choices=list(choices), usage=usage)
 
     def whole(self, usage: Usage) -> Completion:
-        if self._only_echo:
-            usage.total_tokens -= usage.completion_tokens
-            usage.completion_tokens = 0
         return self.chunk([self._choices[index] for index in sorted(self._choices)], usage)
 
     def _prompt(self, number: int) -> str:

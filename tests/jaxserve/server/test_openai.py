@@ -1,6 +1,7 @@
 """OpenAI's own client against the server, over TCP; what it gets is what `LLM` gives."""
 
 import json
+from unittest.mock import ANY
 
 import openai
 import pytest
@@ -140,6 +141,14 @@ def test_echo_alone_generates_nothing(client):
     assert answer.choices[0].text == PROMPT
     assert len(answer.choices[0].logprobs.tokens) == 9
     assert answer.usage.completion_tokens == 0 and answer.usage.total_tokens == 9
+    chunks = list(
+        client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=0, stream=True, stream_options={"include_usage": True},
+            extra_body={"echo": True},
+        )
+    )  # fmt: skip
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == PROMPT
+    assert chunks[-1].usage == answer.usage.model_copy(update={"prompt_tokens_details": ANY})
 
 
 def test_a_stop_text_ends_an_answer_and_is_named(client, expected):
