@@ -117,7 +117,7 @@ class AsyncEngine:
             self._stopped = True
             self._wake.notify()
         if not self.failure:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, self._patience)
         self._give_up(EngineError(STOPPED))
 
     async def _take(

@@ -81,9 +81,10 @@ def test_a_request_that_is_given_up_while_it_waits_to_be_taken_is_never_answered
         task = asyncio.ensure_future(answer(driver, Request("x", (5,), greedy(100))))
         await asyncio.sleep(0.05)
         task.cancel()
-        go.set()
-        await asyncio.gather(held, task, return_exceptions=True)
+        await asyncio.gather(task, return_exceptions=True)
         assert task.cancelled()
+        go.set()
+        await held
         await driver.ask(lambda: None)
         return await driver.ask(lambda: (engine.busy, engine.counters.generated_tokens))
 
@@ -122,6 +123,24 @@ def test_a_deadline_ends_a_request(make_engine, monkeypatch):
         return await driver.ask(lambda: engine.busy)
 
     assert run(engine, use) is False
+
+
+def test_an_engine_that_hangs_when_it_is_to_stop_is_left_behind(make_engine, monkeypatch):
+    engine, go = make_engine(), threading.Event()
+    monkeypatch.setattr(engine, "_step", lambda: go.wait(20) and [])
+
+    async def use(driver):
+        task = asyncio.ensure_future(answer(driver, Request("x", (5,), greedy(4))))
+        while driver._began is None:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        async with asyncio.timeout(10):
+            await driver.stop()
+        assert driver._thread.is_alive()
+        go.set()
+
+    run(engine, use, patience=1.0)
 
 
 def test_an_engine_that_hangs_fails_all_who_wait_and_all_who_come(make_engine, monkeypatch):
