@@ -82,11 +82,17 @@ def manner(tokenizer: Tokenizer, body: ChatRequest, ids: list[int]) -> Manner:
 
 
 def messages_of(tokenizer: Tokenizer, body: ChatRequest) -> list[dict[str, Any]]:
-    """The messages as the template reads them: many want a call's arguments as an object, clients send JSON."""
-    template = choose_template(tokenizer.chat_templates, tools_of(body))
-    if not re.search(r"arguments['\"\]]*\s*\|\s*tojson", template):
-        return body.messages
-    return [_with_objects(message) for message in body.messages]
+    """The messages as the template reads them.
+
+    Most know no role `developer`, OpenAI's newer name of `system`, and would leave out what it says; many want a call's
+    arguments as an object, where clients send JSON.
+    """
+    template, messages = choose_template(tokenizer.chat_templates, tools_of(body)), body.messages
+    if "developer" not in template:
+        messages = [m | {"role": "system"} if m.get("role") == "developer" else m for m in messages]
+    if re.search(r"arguments['\"\]]*\s*\|\s*tojson", template):
+        messages = [_with_objects(message) for message in messages]
+    return messages
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

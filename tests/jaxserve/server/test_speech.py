@@ -94,6 +94,14 @@ def test_arguments_are_objects_for_templates_that_write_them_as_json(server):
     assert body.messages[0]["tool_calls"][0]["function"]["arguments"] == '{"city": "Bern"}'
 
 
+@pytest.mark.parametrize(("template", "role"), [("{{ messages }}", "system"), ("developer", "developer")])
+def test_what_developers_say_is_the_system_s_for_a_template_that_knows_only_that(server, monkeypatch, template, role):
+    monkeypatch.setattr(server.llm.tokenizer, "chat_templates", {"default": template})
+    said = [{"role": "developer", "content": "Be brief."}, *ASK]
+    first, second = messages_of(server.llm.tokenizer, ChatRequest(messages=said))
+    assert (first, second) == ({"role": role, "content": "Be brief."}, ASK[0])
+
+
 def test_thoughts_that_the_prompt_opens_are_told_from_the_answer_which_keeps_its_form(client):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}}}
     opened = {"chat_template_kwargs": {"opening": "<think>"}}
