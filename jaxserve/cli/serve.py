@@ -105,8 +105,8 @@ def serve(
     from jaxserve.server.run import ServerOptions, serve
     from jaxserve.server.service import Limits
 
-    if any(not key for key in api_key or ()):
-        raise RequestError("--api-key is empty; give a key, or leave it out to serve everybody")
+    if not all(api_key or [os.environ.get("JAXSERVE_API_KEY", "none").strip()]):
+        raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
     if host not in LOCAL and not api_key:
         notes.print(f"warning: whoever can reach {host}:{port} can use the model; --api-key asks for a key")
     tls = {

@@ -193,3 +193,6 @@ def test_what_it_can_not_begin_with_is_told_in_a_line_and_the_status_is_2(tiny_f
         assert server.status() == 2
         (line,) = server.lines
         assert "nothing" in line
+    with process(str(tiny_folder), "--port", "0", JAXSERVE_API_KEY=" ") as server:
+        assert server.status() == 2
+        assert "JAXSERVE_API_KEY is empty" in server.lines[0]
