@@ -132,9 +132,16 @@ def _logprobs(entries: Iterable[Entry], offsets: Offsets, tokenizer: Tokenizer) 
         found.text_offset.append(offsets.next(token))
         found.tokens.append(tokenizer.decode([token], skip_special_tokens=False))
         found.token_logprobs.append(scores[token].logprob if scores else None)
-        top = {each.decoded_token: each.logprob for each in scores.values()} if scores else None
-        found.top_logprobs.append(top)
+        found.top_logprobs.append(_by_text(scores) if scores else None)
     return found
+
+
+def _by_text(scores: TokenLogprobs) -> dict[str, float]:
+    """The most probable first; of tokens that look alike, as parts of characters do, that one."""
+    best: dict[str, float] = {}
+    for each in sorted(scores.values(), key=lambda each: -each.logprob):
+        best.setdefault(each.decoded_token, each.logprob)
+    return best
 
 
 def _extend(whole: CompletionChoice, added: CompletionChoice) -> None:
