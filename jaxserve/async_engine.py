@@ -30,8 +30,8 @@ class Observer(Protocol):
 
     def began(self, request: Request) -> None: ...
     def said(self, outputs: Sequence[Output]) -> None: ...
-    def left(self, request: Request) -> None:
-        """Nobody waits for it any more, whether it was answered or not."""
+    def left(self, request: Request, served: bool) -> None:
+        """Nobody waits for it any more, whether it was answered or not; if not `served`, the engine didn't take it."""
         ...
 
 
@@ -77,14 +77,16 @@ class AsyncEngine:
         self._inboxes |= dict.fromkeys(ids, inbox)
         for request in requests:
             self._observer.began(request)
+        served = False
         try:
             async with asyncio.timeout_at(deadline):
                 await self.ask(lambda: self._add(requests))
+            served = True
             yield self._take(inbox, sum(request.params.n for request in requests), deadline)
         finally:
             for request in requests:
                 del self._inboxes[request.id]
-                self._observer.left(request)
+                self._observer.left(request, served)
             self._tell(lambda: self._abort(requests))
 
     async def ask(self, call: Callable[[], T]) -> T:
@@ -141,15 +143,15 @@ class AsyncEngine:
         while not self.failure:
             began = self._began
             if began is not None and time.monotonic() - began > self._patience:
-                self.fail(f"{FAILED} a step has taken longer than {self._patience:g} s")
+                self.fail(EngineError(f"{FAILED} a step has taken longer than {self._patience:g} s"))
             await asyncio.sleep(LOOK)
 
-    def fail(self, why: str) -> None:
+    def fail(self, why: EngineError) -> None:
         """Tells everybody that there will be no answer."""
         if self.failure or self._stopped:
             return
-        self.failure = EngineError(why)
-        self._give_up(self.failure)
+        self.failure = why
+        self._give_up(why)
         self.failed.set()
 
     def _give_up(self, error: EngineError) -> None:
@@ -179,7 +181,7 @@ class AsyncEngine:
                 self._began = None
         except BaseException as error:
             log.exception("the engine has failed")
-            post(self._loop, self.fail, f"{FAILED} {error!r}")
+            post(self._loop, self.fail, EngineError(f"{FAILED} {error!r}"))
 
     def _wait(self) -> bool:
         """Whether there is something to do; waits until there is, or the engine is stopped."""

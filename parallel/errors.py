@@ -6,6 +6,7 @@
     ├── ShardingError      a mesh, or what is to lie where on it, cannot be as asked
     ├── ProcessError       a process that shares the mesh has left, or is set up otherwise
     ├── EngineError        the engine has failed for good, or hangs
+    │   └── ShutDownError  it was shut down, without a fault
     ├── RequestError       a prompt or a sampling parameter that the engine cannot serve
     │   └── QueueFullError not now, because too many wait already
     └── ServerError        a server that was asked is not there, refuses, or breaks off its answer
@@ -36,6 +37,10 @@ class ProcessError(JaxserveError):
 
 class EngineError(JaxserveError):
     """The engine has failed for good, or hangs: there will be no answer."""
+
+
+class ShutDownError(EngineError):
+    """The engine was shut down before the answer was complete."""
 
 
 class RequestError(JaxserveError):

@@ -80,6 +80,10 @@ def serve(
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="Another site whose pages may ask this server, several if repeated.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Another name by which clients may call a server without keys, as behind a proxy."),
+    ] = None,
     log_requests: Annotated[bool, typer.Option(help="A line of JSON on standard error for each request.")] = True,
     ssl_certfile: Annotated[Path | None, typer.Option(exists=True, help="Serve https with this certificate.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(exists=True, help="Its key.")] = None,
@@ -107,6 +111,8 @@ def serve(
 
     if not all(api_key or [os.environ.get("JAXSERVE_API_KEY", "none").strip()]):
         raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
+    if not all(key.isascii() for key in api_key or ()):
+        raise RequestError("--api-key has characters beyond ASCII, which no header can hold; choose another key")
     if host not in LOCAL and not api_key:
         notes.print(f"warning: whoever can reach {host}:{port} can use the model; --api-key asks for a key")
     tls = {
@@ -121,6 +127,7 @@ def serve(
         port=port,
         keys=api_key or (),
         origins=allowed_origin or (),
+        hosts=None if api_key or host not in LOCAL else (*LOCAL, *(allowed_host or ())),
         limits=Limits(
             body_bytes=max_body_bytes,
             prompt_tokens=max_prompt_tokens,
@@ -136,8 +143,12 @@ def serve(
     mesh = emulate(devices, mesh)
 
     def load() -> "LLM":
+        from jaxserve.checkpoints.hub import locate
         from jaxserve.llm import LLM
 
+        locate(model)  # a name that is wrong is told before anything else
+        if not notes.is_terminal:  # where it is, a bar shows more
+            notes.print(f"loading {options.names[0]}", soft_wrap=True)
         with progress() as shown:
             llm = LLM(
                 model,
@@ -158,7 +169,8 @@ def serve(
         return llm
 
     _log(log_requests)
-    status = serve(load, options, lambda url: notes.print(f"{options.names[0]} is served at {url}", soft_wrap=True))
+    status = serve(load, options, lambda line: notes.print(line, soft_wrap=True))
+    notes.print("stopped" if status == 0 else "stopped, with answers lost")
     sys.stderr.flush()
     os._exit(status)  # a thread that loads or hangs can't be waited for
 

@@ -22,7 +22,7 @@ from jaxserve.parallel.errors import JaxserveError
 from jaxserve.server import chat, completions, probes
 from jaxserve.server.access import AccessLog, note, tell
 from jaxserve.server.answering import respond
-from jaxserve.server.auth import Auth
+from jaxserve.server.auth import Auth, Names
 from jaxserve.server.errors import ApiError, decode, json_response
 from jaxserve.server.openapi import describe
 from jaxserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
@@ -34,14 +34,17 @@ ERRORS = (ApiError, JaxserveError, TimeoutError, HTTPException, ClientDisconnect
 POLICY = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
-def make_app(service: Service, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> Starlette:
-    """The application of a service; `origins` are other sites whose pages may ask it."""
+def make_app(
+    service: Service, keys: Sequence[str] = (), origins: Sequence[str] = (), hosts: Sequence[str] | None = None
+) -> Starlette:
+    """The application of a service; `origins` are other sites whose pages may ask it, `hosts` its own names."""
     cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     return Starlette(
         routes=_routes(service),
         middleware=[
             Middleware(AccessLog),
             *([cors] if origins else []),
+            *([Middleware(Names, hosts=hosts)] if hosts else []),
             Middleware(Auth, keys=keys),
             Middleware(SafeHeaders),
         ],

@@ -1,6 +1,7 @@
-"""Who may ask: clients with one of the keys, if there are any."""
+"""Who may ask: clients with one of the keys, if there are any; without keys, those who know the server by its name."""
 
 import hmac
+import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -34,3 +35,23 @@ class Auth:
         """Compares with all keys, whichever it is: how long it takes tells nothing."""
         same = [hmac.compare_digest(said, key) for key in self._keys]
         return same.index(True) if any(same) else None
+
+
+class Names:
+    """Refuses requests to a name that isn't the server's.
+
+    A page of another site can have its own name point here; to the browser it then is this site. It can't send another
+    name than that.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+        self._app, self._hosts = app, frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            said = Headers(scope=scope).get("host", "")
+            name = re.sub(r":\d+$", "", said).strip("[]").lower()
+            if name not in self._hosts:
+                message = f"this server isn't known as {name[:100]!r}; --allowed-host lets it be, or --api-key any name"
+                return await ApiError(421, message, code="unknown_host").response()(scope, receive, send)
+        await self._app(scope, receive, send)

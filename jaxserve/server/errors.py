@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from jaxserve.parallel.errors import EngineError, JaxserveError, QueueFullError, RequestError
+from jaxserve.parallel.errors import EngineError, JaxserveError, QueueFullError, RequestError, ShutDownError
 from jaxserve.server.protocol import Error, ErrorBody
 
 T = TypeVar("T")
@@ -57,6 +57,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
         case RequestError():
             return ApiError(400, str(error), param=_param(str(error)))
+        case ShutDownError():
+            return ApiError(503, str(error), code="shut_down", headers={"Retry-After": "5"})
         case EngineError():
             return ApiError(503, str(error), code="engine_failed")
         case TimeoutError():
@@ -79,7 +81,8 @@ def decode(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
         unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message)
-        param = ".".join(filter(None, [path.strip("`").removeprefix("$").removeprefix("."), unknown and unknown[1]]))
+        named = unknown or re.fullmatch(r"Object missing required field `(.*)`", message)
+        param = ".".join(filter(None, [path.strip("`").removeprefix("$").removeprefix("."), named and named[1]]))
         said = f"{param or 'body'}: {'this field is not supported; leave it out' if unknown else message}"
         raise ApiError(400, said, param=param or None, code="unknown_field" if unknown else None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -90,8 +93,8 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 def _param(message: str) -> str | None:
     """The field that a RequestError begins with."""
-    found = re.match(r"([a-z_]+)(?:\.\w+)?(?: = | has | must |: )", message)
-    return found[1] if found else None
+    found = re.match(r"([a-z_]+)(?:\.\w+)?(?: = | has | must | can't |: )", message)
+    return {"prompt_token_ids": "prompt"}.get(found[1], found[1]) if found else None
 
 
 def _told(error: HTTPException) -> str:

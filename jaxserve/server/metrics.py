@@ -26,12 +26,12 @@ MINUTE = 60.0
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("From a request's arrival to its first token.", FIRST),
     "inter_token_latency_seconds": ("Between two outputs of an answer, for each token of the later.", BETWEEN),
-    "request_time_per_output_token_seconds": ("Of an answer, after its first token.", BETWEEN),
+    "request_time_per_output_token_seconds": ("Of an answer, for each token after its first.", BETWEEN),
     "e2e_request_latency_seconds": ("From a request's arrival to its last token.", WHOLE),
     "request_queue_time_seconds": ("From a request's arrival until it is begun.", WHOLE),
-    "request_prefill_time_seconds": ("From then to its first token.", WHOLE),
-    "request_decode_time_seconds": ("From its first token to its last.", WHOLE),
-    "request_inference_time_seconds": ("From when it is begun to its last token.", WHOLE),
+    "request_prefill_time_seconds": ("From when a request is begun to its first token.", WHOLE),
+    "request_decode_time_seconds": ("From a request's first token to its last.", WHOLE),
+    "request_inference_time_seconds": ("From when a request is begun to its last token.", WHOLE),
     "request_prompt_tokens": ("Tokens of a prompt.", TOKENS),
     "request_generation_tokens": ("Tokens of an answer.", TOKENS),
     "iteration_tokens_total": ("New tokens of a step.", TOKENS),
@@ -96,10 +96,12 @@ class Metrics:
 
     def began(self, request: Request) -> None:
         self._asked[request.id] = Asked(request)
-        self._observe("request_prompt_tokens", len(request.prompt_token_ids))
 
-    def left(self, request: Request) -> None:
+    def left(self, request: Request, served: bool) -> None:
         asked = self._asked.pop(request.id)
+        if not served:
+            return
+        self._observe("request_prompt_tokens", len(request.prompt_token_ids))
         for _ in range(request.params.n - asked.finished):
             self._success.labels(**self._labels, finished_reason="abort").inc()
 
@@ -175,13 +177,13 @@ class EngineCollector(Collector):
         sums = {
             "vllm:num_preemptions": ("Answers that had to wait again, for want of pages.", c.preemptions),
             "vllm:prompt_tokens": ("Tokens of prompts.", c.prompt_tokens),
-            "vllm:prompt_tokens_cached": ("Of those, computed by earlier requests.", c.cached_tokens),
+            "vllm:prompt_tokens_cached": ("Tokens of prompts that earlier requests have computed.", c.cached_tokens),
             "vllm:prefix_cache_queries": ("Tokens that were looked for in the cache.", c.prompt_tokens),
-            "vllm:prefix_cache_hits": ("Of those, found.", c.cached_tokens),
+            "vllm:prefix_cache_hits": ("Tokens that were found in the cache.", c.cached_tokens),
             "vllm:generation_tokens": ("Tokens that were generated.", c.generated_tokens),
-            "vllm:spec_decode_num_drafts": ("Rows with guesses.", c.wide_rows),
-            "vllm:spec_decode_num_draft_tokens": ("Guesses.", c.wide_rows * len(c.accepted)),
-            "vllm:spec_decode_num_accepted_tokens": ("Guesses that held.", sum(c.accepted)),
+            "vllm:spec_decode_num_drafts": ("Times that guesses of the MTP module were verified.", c.wide_rows),
+            "vllm:spec_decode_num_draft_tokens": ("Guesses of the MTP module.", c.wide_rows * len(c.accepted)),
+            "vllm:spec_decode_num_accepted_tokens": ("Guesses of the MTP module that held.", sum(c.accepted)),
             "jaxserve:steps": ("Steps of the engine.", c.steps),
         }
         for name, (text, value) in gauges.items():
@@ -189,14 +191,16 @@ class EngineCollector(Collector):
         for name, (text, value) in sums.items():
             yield self._with(CounterMetricFamily(name, text, labels=tuple(self._labels)), value)
         places = {str(place): held for place, held in enumerate(c.accepted)}
-        yield self._split("vllm:spec_decode_num_accepted_tokens_per_pos", "Guesses that held.", "position", places)
+        yield self._split(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Guesses that held, by place.", "position", places
+        )
         compiled = {"warmup": c.compiled, "late": c.late_compiled}
         yield self._split("jaxserve:compilations", "Programs; late ones made a step wait.", "when", compiled)
         seconds = {
             "schedule": c.schedule_seconds, "device": c.device_seconds, "read": c.read_seconds,
             "exposed": c.exposed_seconds,
         }  # fmt: skip
-        yield self._split("jaxserve:step_seconds", "Where the time of steps goes.", "part", seconds)
+        yield self._split("jaxserve:step_seconds", "Of steps; exposed: the device had nothing to do.", "part", seconds)
 
     def _with(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric(list(self._labels.values()), value)

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -11,8 +12,9 @@ from typing import Any, TypeVar
 import uvicorn
 
 from jaxserve.async_engine import AsyncEngine, post, settle
+from jaxserve.describe import human
 from jaxserve.llm import LLM
-from jaxserve.parallel.errors import RequestError
+from jaxserve.parallel.errors import RequestError, ShutDownError
 from jaxserve.server.app import make_app
 from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
@@ -37,6 +39,7 @@ class ServerOptions:
     port: int = 8000
     keys: Sequence[str] = ()
     origins: Sequence[str] = ()
+    hosts: Sequence[str] | None = None  # names that it may be called by; None: any
     limits: Limits = field(default_factory=Limits)
     step_timeout: float = 60.0  # seconds; a step that takes longer hangs
     drain_timeout: float = 60.0  # seconds, to finish what was accepted when the server is to end
@@ -54,15 +57,15 @@ class Server(uvicorn.Server):
         self._on_signal()
 
 
-def serve(load: Callable[[], LLM], options: ServerOptions, ready: Callable[[str], None] = lambda url: None) -> int:
+def serve(load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None] = lambda line: None) -> int:
     """Serves a model until a signal ends it; gives the exit status.
 
     SIGTERM, or Ctrl-C: what was accepted is finished, what comes is refused; the second time, nothing is finished.
-    `ready` is told the address when the model is loaded. Raises RequestError if it can't listen, or not with these
-    certificates, and what `load` raises.
+    `tell` is told where it serves, and what it waits for when it is to end. Raises RequestError if it can't listen, or
+    not with these certificates, and what `load` raises.
     """
     with listen(options.host, options.port) as sock:
-        return asyncio.run(Life(load, options, ready).live(sock))
+        return asyncio.run(Life(load, options, tell).live(sock))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,21 +74,22 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise RequestError(f"can't listen at {host}, port {port}: {error}; choose another --host or --port") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"can't listen at {host}, port {port}: {reason}; choose another --host or --port") from None
 
 
 class Life:
     """From listening to the end."""
 
-    def __init__(self, load: Callable[[], LLM], options: ServerOptions, ready: Callable[[str], None]):
-        self._load, self._options, self._ready = load, options, ready
+    def __init__(self, load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None]):
+        self._load, self._options, self._tell, self._began = load, options, tell, time.monotonic()
         self.service = Service(options.names, options.limits)
 
     async def live(self, sock: socket.socket) -> int:
         """Answers from the first moment on, until the model is loaded with 503."""
         o, self._loop = self._options, asyncio.get_running_loop()
         self._end, self._hurry = asyncio.Event(), asyncio.Event()
-        app = make_app(self.service, o.keys, o.origins)
+        app = make_app(self.service, o.keys, o.origins, o.hosts)
         config = uvicorn.Config(
             app, http=Protocol, log_config=None, access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=GRACE, **o.tls,
@@ -112,15 +116,24 @@ class Life:
         load = ExpertLoad(engine)
         metrics.watch_load(load)
         self.service.ready(Loaded(engine, llm.tokenizer, metrics, load))
-        self._ready(url)
+        self._tell(f"{self._options.names[0]} is served at {url}\n{self._circumstances(llm)}")
         await self._first(self._end.wait(), engine.failed.wait())
+        if self.service.open and not engine.failure:
+            rest = f"{self.service.open} open requests, {self._options.drain_timeout:g} s at most"
+            self._tell(f"finishing {rest}; Ctrl-C again gives them up")
         enough = asyncio.sleep(self._options.drain_timeout)
         await self._first(self.service.drain(), engine.failed.wait(), self._hurry.wait(), enough)
         if not self.service.idle.is_set():
-            engine.fail("the server was shut down before the answer was complete; ask another one")
+            engine.fail(ShutDownError("the server was shut down before the answer was complete; ask another one"))
             await self._first(self.service.drain(), asyncio.sleep(GRACE))  # everybody is being told
         await engine.stop()
         return FAILED if engine.failure else DRAINED
+
+    def _circumstances(self, llm: LLM) -> str:
+        c, memory, seconds = llm.engine.counters, llm.engine.memory, time.monotonic() - self._began
+        room = f"cache of {c.pages * c.page_size:,} tokens ({human(memory.cache)})"
+        longest = f"{c.slots} answers at once, of {llm.engine.max_model_len:,} tokens with their prompts"
+        return f"{human(memory.weights)} weights, {room}, {longest}; ready after {seconds:.1f} s"
 
     async def _first(self, *waits: Awaitable[Any]) -> Any:
         """What the first of several gives that is done; the others are given up."""

@@ -112,6 +112,11 @@ class Service:
             return asked
         return min((most for most in (default, self.limits.max_tokens) if most is not None), default=None)
 
+    @property
+    def open(self) -> int:
+        """Requests that are being answered."""
+        return self._busy.total()
+
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.names:
             message = f"model {name!r} is not served here; there is {', '.join(map(repr, self.names))}"

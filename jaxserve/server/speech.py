@@ -149,10 +149,17 @@ def _grammar(form: StructuredOutputs) -> str:
     if form.json_object:
         return f"start: %json {schema_text({'type': 'object'})}"
     if form.json is not None:
-        return f"start: %json {form.json if isinstance(form.json, str) else schema_text(form.json)}"
+        return f"start: %json {schema_text(_schema(form.json))}"
     if form.grammar is not None:
         return form.grammar
     raise RequestError(f"structured_outputs.{form.name} can't be followed after thoughts; give json or a grammar")
+
+
+def _schema(given: Any) -> Any:
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise RequestError(f"structured_outputs.json can't be followed: {error}") from None
 
 
 def _plain(content: Any) -> Any:

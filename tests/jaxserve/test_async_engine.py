@@ -24,7 +24,7 @@ class Watcher:
     def said(self, outputs):
         self.events += [("said", output.request_id) for output in outputs]
 
-    def left(self, request):
+    def left(self, request, served):
         self.events.append(("left", request.id))
 
 

@@ -240,6 +240,16 @@ def test_keys_are_asked_for_where_answers_are_given(make_llm):
             assert http.get(path).status_code == 200
 
 
+def test_a_name_that_is_not_the_server_s_is_refused_where_there_are_no_keys(make_llm):
+    with running(make_llm(), hosts=["127.0.0.1", "::1", "localhost"]) as server, server.client() as http:
+        port = server.url.rpartition(":")[2]
+        for name in (f"127.0.0.1:{port}", "localhost", f"[::1]:{port}", "LOCALHOST:80"):
+            assert http.get("/v1/models", headers={"Host": name}).status_code == 200
+        for name in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+            answer = http.get("/v1/models", headers={"Host": name})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (421, "unknown_host")
+
+
 def test_a_key_has_as_many_requests_at_once_as_it_may(make_llm, monkeypatch):
     llm = make_llm()
     slow(llm, monkeypatch)

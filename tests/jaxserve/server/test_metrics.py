@@ -50,7 +50,7 @@ def test_times_of_a_request_are_told_apart(metrics, clock):
     metrics.said([Output("r", token_ids=(6, 7))])
     clock[0] += 0.25
     metrics.said([Output("r", token_ids=(8,), finish_reason="stop")])
-    metrics.left(request())
+    metrics.left(request(), served=True)
     found = samples(metrics.text().decode())
     expected = {
         "time_to_first_token_seconds": 3.0, "request_queue_time_seconds": 1.0, "request_prefill_time_seconds": 2.0,
@@ -70,11 +70,19 @@ def test_times_of_a_request_are_told_apart(metrics, clock):
 def test_answers_that_nobody_waited_for_are_counted_as_aborted(metrics):
     metrics.began(request(n=3))
     metrics.said([Output("r", 1, token_ids=(5,), finish_reason="length")])
-    metrics.left(request(n=3))
+    metrics.left(request(n=3), served=True)
     metrics.said([Output("r", 2, token_ids=(5,), finish_reason="length")])  # it was on its way
     found = samples(metrics.text().decode())
     assert found['vllm:request_success_total{"finished_reason": "abort"}'] == 2
     assert found['vllm:request_success_total{"finished_reason": "length"}'] == 1
+
+
+def test_what_the_engine_refused_is_no_request(metrics):
+    metrics.began(request())
+    metrics.left(request(), served=False)
+    found = samples(metrics.text().decode())
+    assert found["vllm:request_prompt_tokens_count"] == 0
+    assert not any(name.startswith("vllm:request_success_total") for name in found)
 
 
 def test_percentiles_are_those_of_the_last_minute(metrics, clock):
