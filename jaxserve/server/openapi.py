@@ -24,7 +24,7 @@ class Endpoint(NamedTuple):
     kind: str = "application/json"
 
 
-ASKED = (400, 401, 404, 408, 413, 415, 429, 503, 504)
+ASKED = (400, 401, 404, 408, 413, 415, 421, 429, 503, 504)
 ENDPOINTS = (
     Endpoint("/v1/completions", "post", "Continue texts", p.CompletionRequest, p.Completion, p.Completion, ASKED),
     Endpoint("/v1/chat/completions", "post", "Answer", p.ChatRequest, p.ChatCompletion, p.ChatChunk, ASKED),

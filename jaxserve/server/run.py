@@ -119,8 +119,8 @@ class Life:
         self._tell(f"{self._options.names[0]} is served at {url}\n{self._circumstances(llm)}")
         await self._first(self._end.wait(), engine.failed.wait())
         if self.service.open and not engine.failure:
-            rest = f"{self.service.open} open requests, {self._options.drain_timeout:g} s at most"
-            self._tell(f"finishing {rest}; Ctrl-C again gives them up")
+            count, most = self.service.open, f"{self._options.drain_timeout:g} s at most"
+            self._tell(f"finishing {count} open request{'s' * (count > 1)}, {most}; Ctrl-C again gives up")
         enough = asyncio.sleep(self._options.drain_timeout)
         await self._first(self.service.drain(), engine.failed.wait(), self._hurry.wait(), enough)
         if not self.service.idle.is_set():
