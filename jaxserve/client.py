@@ -133,6 +133,9 @@ def _told(url: str) -> Iterator[None]:
     try:
         yield
     except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            way_out = "SSL_CERT_FILE=FILE in the environment trusts the certificate in a file"
+            raise ServerError(f"{url}: its certificate is not trusted here; {way_out}", "no trust") from None
         way_out = "start one with `jaxserve serve`, or name another with --url"
         raise ServerError(f"no server at {url} ({error}); {way_out}", "no connection") from None
     except httpx2.TimeoutException as error:

@@ -6,7 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)  # fmt: skip
 from prometheus_client import Counter as Count
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -60,6 +66,7 @@ class Metrics:
     """What happens to requests, and what the engine counts; an `Observer` of an `AsyncEngine`."""
 
     def __init__(self, counters: Callable[[], Counters], model: str):
+        disable_created_metrics()  # else each has a second one, of when it began
         self._labels = {"model_name": model, "engine": "0"}
         self._registry, self._asked = CollectorRegistry(), {}
         self._asked: dict[str, Asked] = {}
