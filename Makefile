@@ -48,7 +48,7 @@ clean:  ## Remove .venv, caches and build outputs
 	@touch $@
 
 .venv/.runtime: pyproject.toml constraints.txt | .venv/.python
-	@echo "Installing jaxserve and what it needs into .venv (a few hundred megabytes, once)"
+	@echo "Installing jaxserve and what it needs into .venv (a few hundred megabytes, a minute or two, once)"
 	@$(pip) install --editable . --constraint constraints.txt
 	@touch $@
 

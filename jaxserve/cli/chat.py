@@ -86,50 +86,59 @@ def chat(
         "mesh": mesh,
     }
     if url is None:
-        _talk(conversation, _model(model, params, here))
+        who = _who(model)
+        _talk(conversation, _model(model, params, here), who)
         return
     if given := [name for name, value in here.items() if value not in (None, "auto")]:
         option = given[0].replace("_", "-")
         raise RequestError(f"--{option} is for a model in this process; leave it out, or --url")
+    from jaxserve import speakers
     from jaxserve.client import Client
 
     with Client(url, api_key) as client:
-        _talk(conversation, _server(client, model, params))
+        name = model or _found(client)
+        _talk(conversation, speakers.of_server(client, name, params), f"{name} at {client.url}")
 
 
 def _model(model: str | None, params: SamplingParams, options: dict[str, Any]) -> Speak:
-    """A model in this process; RequestError before it is loaded if it can't chat."""
+    """A model in this process."""
     from jaxserve import speakers
-    from jaxserve.checkpoints.hub import locate
-    from jaxserve.tokenizer import Tokenizer
 
-    if "default" not in Tokenizer.from_folder(locate(model)).chat_templates:
-        raise RequestError(f"{model} {_NO_TEMPLATE}")
     with progress() as shown:
         mesh = emulate(options.pop("devices"), options.pop("mesh"))
         return speakers.of_model(load_model(model, shown, mesh=mesh, **options), params)
 
 
-def _server(client: "Client", model: str | None, params: SamplingParams) -> Speak:
-    from jaxserve import speakers
+def _who(model: str | None) -> str:
+    """Who answers, and whether it was trained to; RequestError if it can't."""
+    from jaxserve.checkpoints.hub import locate
+    from jaxserve.tokenizer import Tokenizer
 
-    about = {"id": model} if model else client.model()
+    name, template = model or "embedded", Tokenizer.from_folder(locate(model)).chat_templates.get("default")
+    if template is None:
+        raise RequestError(f"{name} {_NO_TEMPLATE}")
+    return name if "role" in template else f"{name}, which goes on with texts and was not trained to chat"
+
+
+def _found(client: "Client") -> str:
+    """The name of the server's model; RequestError if it can't chat."""
+    about = client.model()
     if about.get("chat") is False:  # of a server that is not ours nothing is known
         raise RequestError(f"{about['id']} at {client.url} {_NO_TEMPLATE}")
-    return speakers.of_server(client, about["id"], params)
+    return about["id"]
 
 
 _NO_TEMPLATE = "has no chat template, so it can't chat; `jaxserve generate` has it continue a text"
 
 
-def _talk(conversation: Conversation, speak: Speak) -> None:
+def _talk(conversation: Conversation, speak: Speak, who: str) -> None:
     """Reads and answers, to the end of what is typed or piped in."""
     if sys.stdin is None:
         raise RequestError("standard input is closed; pipe messages into it, a line each")
     people = sys.stdin.isatty() and sys.stdout.isatty()
     if people:
         _edit_lines()
-        notes.print("/help lists commands, Ctrl-D ends", style="dim")
+        notes.print(f"{who}; /help lists commands, Ctrl-D ends", style="dim", soft_wrap=True)
     for line in typed(people):
         try:
             if line.strip() == "/exit":

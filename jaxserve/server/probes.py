@@ -29,8 +29,9 @@ async def metrics(service: Service) -> Response:
 
 
 def models(service: Service) -> Models:
-    chat = bool(service.loaded.tokenizer.chat_templates)
-    return Models([Model(name, service.created, service.max_model_len, chat) for name in service.names])
+    templates = service.loaded.tokenizer.chat_templates.values()
+    about = service.created, service.max_model_len, bool(templates), any("role" in text for text in templates)
+    return Models([Model(name, *about) for name in service.names])
 
 
 def model(service: Service, name: str) -> Model:

@@ -298,6 +298,7 @@ class Model(msgspec.Struct):
     created: int
     max_model_len: int
     chat: bool  # whether it has a chat template
+    roles: bool  # whether that tells who says what; a model of which it doesn't was not trained to chat
     object: str = "model"
     owned_by: str = "jaxserve"
 

@@ -50,6 +50,7 @@ def chatting(*arguments: str) -> Iterator[Terminal]:
 def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
     fake = Fake(delay=0.05)
     with serving(fake.app()) as url, chatting("--url", url, "--max-tokens", "1000") as terminal:
+        terminal.until("fake at http://")
         terminal.until("/help lists commands, Ctrl-D ends")
         terminal.until("> ")
         terminal.type("hello\n")

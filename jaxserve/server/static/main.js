@@ -35,7 +35,8 @@ function showModel() {
   const chat = page("mode").querySelector("[value=chat]");
   chat.disabled = !model.chat;
   chat.parentElement.title = model.chat ? "" : "This model has no chat template.";
-  setMode(model.chat ? (sessionStorage.getItem("mode") ?? "chat") : "complete");
+  const usual = model.roles === false ? "complete" : "chat"; // one that isn't ours doesn't say
+  setMode(model.chat ? (sessionStorage.getItem("mode") ?? usual) : "complete");
 }
 
 function setMode(mode) {
