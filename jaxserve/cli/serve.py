@@ -68,6 +68,9 @@ def serve(
     max_concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests at once with the same key; the next gets status 429.")
     ] = None,
+    allow_priority: Annotated[
+        bool, typer.Option("--allow-priority", help="Clients may say who comes first, in the field priority.")
+    ] = False,
     request_timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds for a request; clients give less in X-Request-Timeout.")
     ] = 600.0,
@@ -135,6 +138,7 @@ def serve(
             max_tokens=max_tokens,
             concurrency=max_concurrency,
             seconds=request_timeout,
+            priority=allow_priority,
         ),
         step_timeout=step_timeout,
         drain_timeout=drain_timeout,

@@ -33,6 +33,7 @@ class Limits:
     max_tokens: int | None = None  # of an answer
     concurrency: int | None = None  # requests at once with the same key
     seconds: float = 600.0  # of a request; clients may ask for less
+    priority: bool = False  # whether clients may say who comes first
 
 
 class Loaded(NamedTuple):
@@ -133,6 +134,10 @@ class Service:
         """Raises RequestError if one can't be served. Forms are compiled here, not in the engine's thread."""
         self.check_count(sum(request.params.n for request in requests))
         for request in requests:
+            if request.priority and not self.limits.priority:
+                raise RequestError(
+                    "priority: clients don't choose it here; leave it out, or serve with --allow-priority"
+                )
             self._check_lengths(request.prompt_token_ids, request.params)
             pool = self._forms if request.params.structured_outputs else None
             await asyncio.get_running_loop().run_in_executor(pool, self.loaded.engine.engine.check, request)

@@ -284,6 +284,8 @@ def test_forms_that_take_long_to_prepare_keep_nobody_else_waiting(make_llm, monk
 def test_limits_of_a_server_are_told(make_llm, monkeypatch):
     limits = Limits(body_bytes=1000, prompt_tokens=3, answers=4, max_tokens=5)
     with running(make_llm(), limits) as server, server.client() as http:
+        pushy = ask(server, prompt=[1], priority=-1)
+        assert (pushy.status_code, pushy.json()["error"]["param"]) == (400, "priority")
         too_long = ask(server, prompt=[1] * 4)
         assert "prompt has 4 tokens; this server takes 3" in too_long.json()["error"]["message"]
         assert "max_tokens = 6: this server gives 5 at most" in ask(server, prompt=[1], max_tokens=6).text

@@ -111,7 +111,7 @@ def server(tiny_folder) -> Iterator[Running]:
     llm = LLM(tiny_folder, **SIZE | {"max_model_len": 64})
     llm.tokenizer.chat_templates = {"default": TEMPLATE}
     with_few_shapes(llm.engine)
-    with running(llm, Limits(max_tokens=8)) as server:
+    with running(llm, Limits(max_tokens=8, priority=True)) as server:
         yield server
 
 

@@ -25,7 +25,7 @@ def server(tiny_folder) -> Iterator[Running]:
     with_few_shapes(llm.engine)
     llm.tokenizer.chat_templates = {"default": "{{ messages[0]['content'] }}"}
     llm.generate([[5, 7]], SamplingParams(max_tokens=2))  # compiled
-    with running(llm, Limits(seconds=2.0)) as server:
+    with running(llm, Limits(seconds=2.0, priority=True)) as server:
         yield server
 
 
