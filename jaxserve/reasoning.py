@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 from jaxserve.marks import marks_of
 
 OPENS, CLOSES = "<think>", "</think>"
+TAIL = 16
+"""Tokens of a prompt's end, in which thoughts may have been opened or closed."""
 
 
 class Said(NamedTuple):

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, cast
 from jaxserve.chat import choose_template
 from jaxserve.conversation import Message, Piece, Speak
 from jaxserve.parallel.errors import RequestError
-from jaxserve.reasoning import ReasoningParser, thinks
+from jaxserve.reasoning import TAIL, ReasoningParser, thinks
 from jaxserve.request import Output, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jaxserve.client import Client
     from jaxserve.llm import LLM
-
-TAIL = 16
-"""Tokens of a prompt's end, in which thoughts may have been opened."""
 
 
 def of_model(llm: "LLM", params: SamplingParams) -> Speak:

@@ -28,7 +28,7 @@ from jaxserve.cli.options import (
     TopKOption,
     TopPOption,
     UrlOption,
-)  # fmt: skip
+)
 from jaxserve.cli.show import notes, progress
 from jaxserve.conversation import Conversation, Piece, Speak, read_messages, typed
 from jaxserve.parallel.errors import JaxserveError, RequestError

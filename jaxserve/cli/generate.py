@@ -24,7 +24,7 @@ from jaxserve.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
-)  # fmt: skip
+)
 from jaxserve.cli.show import notes, progress
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import SamplingParams

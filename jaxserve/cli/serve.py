@@ -17,7 +17,7 @@ from jaxserve.cli.options import (
     MeshOption,
     ModelArgument,
     QuantizationOption,
-)  # fmt: skip
+)
 from jaxserve.cli.show import notes, progress
 from jaxserve.parallel.errors import RequestError
 

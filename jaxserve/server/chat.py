@@ -21,7 +21,7 @@ from jaxserve.server.protocol import (
     TokenLogprob,
     ToolCall,
     Usage,
-)  # fmt: skip
+)
 from jaxserve.server.sampling import sampling_params
 from jaxserve.server.service import Service
 from jaxserve.server.speech import Manner, Said

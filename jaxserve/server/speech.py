@@ -16,9 +16,6 @@ from jaxserve.server.protocol import CalledFunction, ChatRequest, ToolCall
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.tools import ToolFormat
 
-TAIL = 16
-"""Tokens of a prompt's end, in which thoughts may have been opened."""
-
 
 class Said(NamedTuple):
     """A piece of what the model says."""
@@ -43,8 +40,9 @@ class Manner(NamedTuple):
     @property
     def shows_special(self) -> bool:
         """Whether a mark is a special token, so that texts must be decoded with them."""
-        marks = {*(self.format.marks if self.format else ()), *(("<think>", "</think>") if self.thinks else ())}
-        return bool(marks & self.special)
+        calls = self.format.marks if self.format else ()
+        thoughts = (reasoning.OPENS, reasoning.CLOSES) if self.thinks else ()
+        return not self.special.isdisjoint((*calls, *thoughts))
 
     def speech(self, decoded_with_special: bool) -> "Speech":
         """For one answer; special tokens are left out of it, unless they are marks."""
@@ -54,9 +52,8 @@ class Manner(NamedTuple):
         self, body: ChatRequest, form: StructuredOutputs | None, tokens: frozenset[str]
     ) -> StructuredOutputs | None:
         """The form of the answer, after thoughts that the prompt has opened. `tokens` are texts that are tokens."""
-        call = self.format and self.format.grammar(
-            _plain(body.tools), _plain(body.tool_choice), tokens, body.parallel_tool_calls is not False
-        )
+        asked = _plain(body.tools), _plain(body.tool_choice)
+        call = self.format and self.format.grammar(*asked, tokens, self.parallel)
         if call and form:
             raise RequestError("response_format and a tool_choice that demands a call exclude each other; give one")
         if not (self.thinks and reasoning.is_open(self.prompt)):
@@ -76,7 +73,7 @@ def manner(tokenizer: Tokenizer, body: ChatRequest, ids: list[int]) -> Manner:
             "serve it with another --chat-template, or leave out tools"
         )
     tools.chosen(tools.read_functions(given or []), _plain(body.tool_choice))
-    prompt = tokenizer.decode(ids[-TAIL:], skip_special_tokens=False)
+    prompt = tokenizer.decode(ids[-reasoning.TAIL :], skip_special_tokens=False)
     thinks, parallel = reasoning.thinks(template), body.parallel_tool_calls is not False
     return Manner(thinks, prompt, format, parallel, tokenizer.special)
 
