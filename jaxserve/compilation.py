@@ -6,6 +6,9 @@ from pathlib import Path
 
 import jax
 
+OPTIONS = {"cpu": {"xla_cpu_prefer_vector_width": 512}}
+"""By platform, XLA's options for all programs. By default it makes vectors half as wide as the widest there may be."""
+
 OVERLAP = {
     # The first from https://docs.jax.dev/en/latest/gpu_performance_tips.html. Without the others, XLA would make one
     # product of two with the same weight, and one collective of two small ones: it would wait for both microbatches.

@@ -1,4 +1,4 @@
-"""Products with weights: `einsum` for activations and a matrix, `matvec` for one token and one of many matrices.
+"""Products with weights: `einsum` for activations and a matrix; for rows of which each has its own, `each_by_own`.
 
 A weight that is a `QArray` is multiplied in integers: activations are quantized too, with a scale a row, the sums of
 int8 x int8 are exact in int32, and only then come both scales. So a row's result has the same bits whatever other rows
@@ -14,10 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.layers.dims import Leaf
+from jaxserve.layers.rows import dot_rows, pays
 from jaxserve.parallel.qarray import QArray, quantize, quantize_blocks
 
 FEW_ROWS = 32
 """Up to so many rows, XLA on CPU is faster if the weight is the left factor: it packs the right one each time."""
+
+
+ONE_BY_ONE = 3
+"""Up to so many rows of INT8 are faster computed one by one (see `rows`) than packed."""
+
+PACKED = 4096
+"""A matrix of INT8 with more rows should be the right factor, however few rows the left one has."""
 
 
 def einsum(spec: str, x: Leaf, w: Leaf, dtype: Any = None) -> jax.Array:
@@ -72,6 +80,11 @@ def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`einsum` of arrays in the order that is fast; of int8, the exact sums, int32."""
     factors, out = spec.split("->")
     left, right = factors.split(",")
+    if x.dtype == jnp.int8 and x.ndim == w.ndim == 2:
+        if len(x) <= ONE_BY_ONE and pays(x.shape[1]):
+            return dot_rows(x, w)
+        if len(x) > 1 and len(w) > PACKED:
+            return _einsum(spec, x, w)
     if left[0] != "t":
         few = x.shape[left.index("t")] <= FEW_ROWS if "t" in left else False
         return _in_order(f"{right},{left}->{out.replace('t', '')}t", out, w, x) if few else _einsum(spec, x, w)
@@ -82,6 +95,17 @@ def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 def quantized_like(w: Leaf, x: jax.Array) -> Leaf:
     """Rows as products with this weight need them: for several, they are quantized once."""
     return quantize_blocks(x, w.scale.shape[-1]) if isinstance(w, QArray) else x
+
+
+def each_by_own(x: QArray, w: QArray, which_i: jax.Array, dtype: Any) -> jax.Array:
+    """Rows `[i, d]`, each times its own of the matrices `[e, f, d]`, which `multiplies_rows` must allow: `[i, f]`."""
+    sums = dot_rows(x.codes, w.codes, which_i).astype(jnp.float32)
+    return (sums * x.scale * w.scale[which_i, :, 0]).astype(dtype)
+
+
+def multiplies_rows(w: Leaf) -> bool:
+    """Whether `each_by_own` is for these matrices, here: INT8 with a scale a row, on CPU."""
+    return isinstance(w, QArray) and w.scale.shape[-1] == 1 and pays(w.shape[-1])
 
 
 def matvec(x: jax.Array, w: Leaf) -> jax.Array:

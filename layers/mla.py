@@ -11,6 +11,7 @@ Two forms of the same attention read it:
 from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -155,12 +156,11 @@ def attend_absorbed(
 ) -> Float[Array, "t h v"]:  # fmt: skip
     """Moves `w_uk` onto the query and `w_uv` onto the output, so that keys and values stay latent."""
     q_thc = einsum("thn,hnc->thc", q_thn, p.w_uk)
-    q_awhz = _tiles(jnp.concatenate([q_thc, q_thr], axis=-1) * att.scale, batch)
+    q_awhc, q_awhr = _tiles(q_thc * att.scale, batch), _tiles(q_thr * att.scale, batch)
 
     def block(entries: LatentCache, seen_awj: Array) -> Block:
-        c_ajc, k_ajr = _floats(entries, q_thn.dtype)
-        k_ajz = jnp.concatenate([c_ajc, k_ajr], axis=-1)
-        logits_ahwj = _dot32("awhz,ajz->ahwj", q_awhz, k_ajz)
+        c_ajc, k_ajr = jax.lax.optimization_barrier(_floats(entries, q_thn.dtype))  # or each use would gather them
+        logits_ahwj = _dot32("awhc,ajc->ahwj", q_awhc, c_ajc) + _dot32("awhr,ajr->ahwj", q_awhr, k_ajr)
         return Block(logits_ahwj, seen_awj, lambda w_ahwj: _dot32("ahwj,ajc->ahwc", w_ahwj, c_ajc))
 
     o_ahwc = attend(block, cache, batch, att.heads, att.kv_rank)

@@ -8,12 +8,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.layers.config import Config, Experts
 from jaxserve.layers.dims import AnyArray, Leaf
-from jaxserve.layers.linear import einsum, matvec, quantized_like, two_rows
+from jaxserve.layers.linear import each_by_own, einsum, matvec, multiplies_rows, quantized_like, two_rows
 from jaxserve.parallel.dispatch import combine, dispatch, rank_in_group
 from jaxserve.parallel.placement import Routes
-from jaxserve.parallel.qarray import QArray
+from jaxserve.parallel.qarray import QArray, quantize_rows
 from jaxserve.parallel.ranks import Ranks
 from jaxserve.parallel.sharding import Param
+
+ROWS = 24
+"""Rows of INT8 that are run together; what they are on the way stays in a cache."""
 
 
 class Mlp(NamedTuple):
@@ -148,11 +151,13 @@ def mix_experts(
 
     "dense" runs every expert on every token, at once. "halves" gives each room for half of the tokens, and runs it on
     its own; if one has more, it is "dense". "blocks" sorts tokens by expert and runs blocks of one expert each, one
-    after another: work in proportion to the tokens. None chooses by their cost.
+    after another: work in proportion to the tokens. "rows", for experts in INT8 on CPU, runs each token by itself.
+    None chooses by their cost.
     """
-    plans = {"dense": _mix_dense, "halves": _mix_halves, "blocks": _mix_blocks}
+    plans = {"dense": _mix_dense, "halves": _mix_halves, "blocks": _mix_blocks, "rows": _mix_rows}
     if implementation is None:
-        implementation = _cheaper(*routing.experts_tk.shape, experts=p.w_gate.shape[0])
+        by_rows = all(map(multiplies_rows, p))
+        implementation = _cheaper(*routing.experts_tk.shape, experts=p.w_gate.shape[0], by_rows=by_rows)
     if implementation not in plans:
         raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
     dtype = dtype or x_td.dtype
@@ -197,8 +202,13 @@ def physical(experts_tk: Int[Array, "t k"], routes: Routes, ranks: Ranks, routed
     return routes.slots_em.at[experts_tk, turn_tk].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
 
 
-def _cheaper(t: int, k: int, experts: int) -> str:
-    """Blocks read the experts that are visited; those of several rows three times: they copy the weights they use."""
+def _cheaper(t: int, k: int, experts: int, by_rows: bool) -> str:
+    """Blocks read the experts that are visited; those of several rows three times: they copy the weights they use.
+
+    Rows read an expert for each token; what the one before has read is in a cache.
+    """
+    if by_rows and t * k <= 2 * experts:
+        return "rows"
     if t > 32 or t * k < 2 * experts:
         return "blocks"
     return "halves" if t >= 8 and 3 * k <= experts else "dense"  # then few have more than half of the tokens
@@ -254,6 +264,25 @@ def _mix_blocks(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
     rows = jax.lax.map(run, (jax.tree.map(fill, x_td), block_experts)).reshape(count * size, -1)
     y_tkd = jnp.take(rows, row_tk, axis=0, mode="clip")
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+
+
+def _mix_rows(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
+    (t, k), experts, flat = routing.experts_tk.shape, p.w_gate.shape[0], routing.experts_tk.reshape(-1)
+    size = min(ROWS, t * k)
+    order_i = jnp.pad(jnp.argsort(flat), (0, -flat.size % size), constant_values=flat.size)  # no expert comes last
+
+    def run(n: Any, y_id: Array) -> Array:
+        chosen_i = jax.lax.dynamic_slice_in_dim(order_i, n * size, size)
+        experts_i = jnp.take(flat, chosen_i, mode="fill", fill_value=experts)
+        rows_id = jax.tree.map(lambda part: jnp.take(part, chosen_i // k, axis=0, mode="clip"), x_td)
+        visited_i = jnp.minimum(experts_i, experts - 1)
+        gate_if, up_if = (each_by_own(rows_id, w, visited_i, dtype) for w in (p.w_gate, p.w_up))
+        found_id = each_by_own(quantize_rows(jax.nn.silu(gate_if) * up_if), p.w_down, visited_i, dtype)
+        return y_id.at[jnp.where(experts_i < experts, chosen_i, flat.size)].set(found_id, mode="drop")
+
+    count = -(-(flat < experts).sum() // size)
+    y_id = jax.lax.fori_loop(0, count, run, jnp.zeros((flat.size, x_td.shape[1]), dtype))
+    return jnp.einsum("tkd,tk->td", y_id.reshape(t, k, -1), routing.weights_tk.astype(dtype))
 
 
 def _mlp_of_one(p: Mlp, x_d: Float[Array, " d"]) -> Float[Array, " d"]:

@@ -58,20 +58,24 @@ def test_the_smallest_step_and_a_single_slot_have_shapes():
     assert Shapes.of(1, 1) == Shapes((Tiles(1, 1),), (1,))
 
 
+OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+
+
 class Lowered:
     """What `lower` gives: notes that it is compiled."""
 
     def __init__(self, shape, log: list):
         self._shape, self._log = shape, log
 
-    def compile(self) -> str:
+    def compile(self, options: dict | None) -> str:
+        assert options == OPTIONS
         self._log.append(self._shape)
         return f"program {self._shape}"
 
 
 def test_each_shape_is_compiled_once_and_what_comes_late_is_counted():
     log, told = [], []
-    programs = Programs(lambda shape: Lowered(shape, log))
+    programs = Programs(lambda shape: Lowered(shape, log), OPTIONS)
     programs.compile([4, 1], lambda *progress: told.append(progress))
     assert (sorted(log), sorted(set(told)), len(programs), programs.late) == ([1, 4], [(0, 2), (1, 2), (2, 2)], 2, 0)
     assert [programs[shape] for shape in (1, 4, 1)] == ["program 1", "program 4", "program 1"]

@@ -241,4 +241,4 @@ def test_decoding_never_expands_the_keys_of_a_block():
     per_key = [shape for shape in shapes if paging.DECODE_BLOCK_TOKENS in shape]
     assert per_key  # the block is there: its latents, rotated keys and logits
     largest = max(map(math.prod, per_key))
-    assert largest == paging.DECODE_BLOCK_TOKENS * (layer.att.kv_rank + layer.att.rope_dim)
+    assert largest == paging.DECODE_BLOCK_TOKENS * layer.att.kv_rank

@@ -271,6 +271,33 @@ def test_experts_of_every_kind_equal_their_floats_but_for_rounded_activations_by
         np.testing.assert_array_equal(alone, dense[:1])
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_experts_in_int8_give_the_same_row_by_row(rng, tokens):
+    """Few rows at a time, none for choices of no expert: these add nothing."""
+    cfg, experts = experts_of(raw_config("deepseek_v3", hidden_size=64, moe_intermediate_size=32))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    p = Mlp(*(quantize_blocks(w, 1) for w in p))
+    x, routing = normal(rng, tokens, cfg.width), routing_of("random", rng, tokens, experts.count, 3)
+    routing = routing._replace(experts_tk=routing.experts_tk.at[1::2].set(experts.count))
+    rows, blocks = (run_mix(p, x, routing, implementation=plan) for plan in ("rows", "blocks"))
+    assert_close(rows, blocks, OP)
+    assert not rows[1::2].any()
+    assert rows[::2].any(axis=1).all()
+
+
+def test_rows_are_for_experts_in_int8_that_few_visit(rng):
+    def products(tokens: int, scales: int) -> list:
+        cfg, experts = experts_of(raw_config("deepseek_v3", hidden_size=64, moe_intermediate_size=32))
+        p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+        p = Mlp(*(quantize_blocks(w, scales) for w in p))
+        args = p, normal(rng, tokens, cfg.width), routing_of("random", rng, tokens, experts.count, 3)
+        return list(intermediates(jax.make_jaxpr(mix_experts)(*args), "dot_general"))
+
+    assert len(products(2, scales=1)) == 1  # the weighted sum
+    assert len(products(64, scales=1)) > 1
+    assert len(products(2, scales=4)) > 1
+
+
 def test_rows_that_came_with_one_scale_visit_experts_with_several(rng):
     cfg, experts = experts_of(raw_config("deepseek_v3", moe_intermediate_size=24))
     p = Mlp(*(quantize_blocks(w, 4) for w in random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts))
