@@ -7,7 +7,7 @@ Progress = Callable[[str, int, int], None]
 """Told what goes on, how much of it is done, and how much there is.
 
 "loading" is in bytes, "compiling" in programs, "scoring" in items, "quantizing" in layers, "warming up" and "asking" in
-requests.
+requests, "limits" and "measuring" in runs.
 """
 
 _UNITS = {
@@ -16,6 +16,8 @@ _UNITS = {
     "quantizing": "layers",
     "warming up": "requests",
     "asking": "requests",
+    "limits": "runs",
+    "measuring": "runs",
 }
 
 

@@ -1,1 +1,1 @@
-"""A load for an OpenAI-compatible server: what it asks, how it is put, what is made of the answers."""
+"""How fast: a load for a server, and a model's phases beside what the machine could do."""

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 import jaxserve
-from jaxserve.cli.bench import bench
+from jaxserve.cli.bench.group import bench
 from jaxserve.cli.chat import chat
 from jaxserve.cli.evaluate import evaluate
 from jaxserve.cli.generate import generate

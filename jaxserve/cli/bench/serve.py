@@ -1,16 +1,14 @@
-"""`jaxserve bench`: measure."""
+"""`jaxserve bench serve`: a load for a server."""
 
 import json
 import math
-import platform
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-import jaxserve
+from jaxserve.cli.bench.common import circumstances
 from jaxserve.cli.options import ApiKeyOption, check_file
 from jaxserve.cli.show import notes, print_table, progress
 from jaxserve.parallel.errors import RequestError
@@ -20,19 +18,7 @@ if TYPE_CHECKING:
     from jaxserve.bench.report import Summary
     from jaxserve.bench.workload import Ask
 
-bench = typer.Typer(
-    help="Measure a server.",
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
-
-@bench.callback()
-def _bench() -> None:
-    """Keeps `serve` a command of its own, though it is the only one."""
-
-
-@bench.command()
 def serve(
     context: typer.Context,
     url: Annotated[str, typer.Option(help="The server's, with or without /v1.")] = "http://127.0.0.1:8000",
@@ -102,7 +88,7 @@ def serve(
     summary, title = report.summarize(found, bounds), f"{model} at {client.url}, {_manner(asks, rate, room)}"
     _print(title, found, summary)
     if out:
-        about = {"model": model, "server": version, **_circumstances(context)}
+        about = {"model": model, "server": version, **circumstances(context)}
         out.write_text(json.dumps(report.as_json(found, summary, about), indent=1) + "\n")
     if plot:
         pictures.save(plot, title, found.records, bounds)
@@ -145,15 +131,3 @@ def _print(title: str, found: "Load", summary: "Summary") -> None:
     print_table(f"in {found.seconds:.1f} s", report.count_rows(summary), "right", report.COUNTS)
     for line in report.failures(found):
         notes.print(line, soft_wrap=True)
-
-
-def _circumstances(context: typer.Context) -> dict[str, Any]:
-    """What was asked for, as JSON can hold it, without the key; when, and by what."""
-    given = {name: value for name, value in context.params.items() if name != "api_key"}
-    given |= {name: str(value) for name, value in given.items() if isinstance(value, Path) or value == math.inf}
-    return {
-        "options": given,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "jaxserve": jaxserve.__version__,
-        "python": platform.python_version(),
-    }

@@ -1,0 +1,1 @@
+"""`jaxserve bench`: a module a command."""
