@@ -112,6 +112,20 @@ class Subject(NamedTuple):
     model: Model
     tokenizer: Tokenizer
 
+    @property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return sum(p.nbytes for p in jax.tree.leaves(self.params))
+
+    def about(self) -> dict[str, Any]:
+        """What it is, as JSON."""
+        return {
+            "name": self.name,
+            "form": self.form,
+            "dtype": jnp.dtype(self.params.norm.dtype).name,
+            "bytes": self.bytes,
+        }
+
 
 def load(name: str, form: Form = "int8", dtype: str = "auto", progress: Progress | None = None) -> Subject:
     """A standard model, the embedded one, a folder or a name on the hub, in a form.

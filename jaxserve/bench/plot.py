@@ -1,8 +1,8 @@
-"""A picture of a load: how latencies lie, and what ran when."""
+"""Pictures: of a load, how latencies lie and what ran when; of a machine's roofline, and what runs below it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from jaxserve.parallel.errors import RequestError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from jaxserve.bench.limits import Limits
+    from jaxserve.bench.roofline import Point
 
 RUNNING, WAITING, GOAL = "#4c8dbf", "#f0b440", "#c8501e"  # told apart by the colour-blind too
 
@@ -82,6 +85,40 @@ def occupancy(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[i
     times, places = np.unique(edges[:, 0], return_inverse=True)
     changes = np.bincount(places, edges[:, 1], len(times))
     return [0.0, *times.tolist()], [0, *np.cumsum(changes).astype(int).tolist()]
+
+
+def roofline(path: Path, title: str, points: "Sequence[Point]", limits: "Limits", unit: str) -> None:
+    """Draws points below the machine's roofs: operations a byte against operations a second, both logarithmic.
+
+    `unit` is what the points' names count.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    _tidy(axes, title, "operations a byte", "operations a second")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ridges = [peak / limits.bandwidth for peak in limits.peaks.values()]
+    found = [point.cost.intensity for point in points]
+    span = np.array([min([0.3, *(0.5 * x for x in found)]), 4 * max([*ridges, *found])])
+    for (kind, peak), ridge in zip(limits.peaks.items(), ridges, strict=True):
+        axes.plot([ridge, span[1]], [peak, peak], color=WAITING, linewidth=1.5)
+        axes.annotate(f"{kind}, {peak / 1e9:,.0f} GFLOP/s", (span[1], peak), (-2, 3), ha="right", **_SMALL)
+    slope = np.array([span[0], max(ridges)])
+    axes.plot(slope, slope * limits.bandwidth, color=WAITING, linewidth=1.5)
+    axes.annotate(
+        f"{limits.bandwidth / 1e9:,.1f} GB/s", (span[0], span[0] * limits.bandwidth), (6, 0), va="center", **_SMALL
+    )
+    for point in points:
+        speed = sum(point.cost.operations.values()) / point.median
+        axes.plot(point.cost.intensity, speed, "o", color=RUNNING, markersize=6)
+        label = f"{point.name} {unit}: {point.share(limits):.0%}"
+        axes.annotate(label, (point.cost.intensity, speed), (7, -9), **_SMALL)
+    figure.savefig(path, dpi=150)
+
+
+_SMALL: Any = {"textcoords": "offset points", "fontsize": 8, "color": "0.25"}
 
 
 def _tidy(axes: "Axes", title: str, below: str, beside: str) -> None:

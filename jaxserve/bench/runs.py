@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.bench.models import Subject
+from jaxserve.bench.workload import Ask
 from jaxserve.engine import Engine
 from jaxserve.layers.config import Config
 from jaxserve.options import CacheDtype, EngineConfig
@@ -55,18 +56,31 @@ class Round(NamedTuple):
     seen: float
 
 
-def make_engine(subject: Subject, batch: int, longest: int, kv_cache_dtype: CacheDtype) -> Engine:
-    """One for so many answers, of so many tokens with their prompts; it makes no guesses."""
+class Serving(NamedTuple):
+    """Requests that came all at once."""
+
+    requests: int
+    prompt_tokens: int  # of all together
+    output_tokens: int
+    seconds: list[float]  # of each time
+
+
+def make_engine(
+    subject: Subject, batch: int, longest: int, kv_cache_dtype: CacheDtype = "auto", step: int = STEP,
+    warmup: bool = False,
+) -> Engine:  # fmt: skip
+    """One for so many answers, of so many tokens with their prompts, in steps of so many; it makes no guesses."""
     positions = subject.cfg.max_positions
     if longest > positions:
         raise RequestError(f"{longest} tokens of prompt and answer: {subject.name} has positions for {positions}")
     options = EngineConfig(
         max_num_seqs=batch,
         max_model_len=longest,
+        max_num_batched_tokens=step,
         num_speculative_tokens=0,
         enable_prefix_caching=False,
         kv_cache_dtype=kv_cache_dtype,
-        warmup=False,
+        warmup=warmup,
     )
     return Engine(subject.model, subject.cfg, subject.tokenizer, options)
 
@@ -121,6 +135,44 @@ def _visits(server: Engine, said: dict[str, int]) -> Iterator[int]:
         load_le = (server.expert_load() - before)[:layers]
         if (load_le.sum(axis=1) == choices).all():
             yield int((load_le > 0).sum())
+
+
+def filling(
+    subject: Subject, tokens: int, repetitions: int, step: int = STEP, kv_cache_dtype: CacheDtype = "auto"
+) -> Filling:
+    """Times so many prompts, one after another, none of which is cached; one before them compiles what is needed."""
+    server = make_engine(subject, 1, tokens + 1, kv_cache_dtype, step)
+    seconds, layers, visited = [], sum(subject.cfg.is_moe), 0
+    for prompt in prompts(subject.cfg, [tokens] * (1 + repetitions), tokens):
+        before, began = server.expert_load(), time.perf_counter()
+        _answer(server, [prompt], [1])
+        seconds.append(time.perf_counter() - began)
+        visited = int((server.expert_load() - before)[:layers].astype(bool).sum())
+    return Filling(tokens, seconds[1:], visited)
+
+
+def serving(
+    subject: Subject, asks: Sequence[Ask], batch: int, repetitions: int, kv_cache_dtype: CacheDtype = "auto"
+) -> Serving:
+    """Times the answers to all requests, of which so many run together; once before, that doesn't count."""
+    sizes = [sum(piece.tokens for piece in ask.pieces) for ask in asks]
+    outputs = [ask.output_tokens for ask in asks]
+    server = make_engine(subject, batch, max(sizes) + max(outputs), kv_cache_dtype, warmup=True)
+    seconds = []
+    for number in range(1 + repetitions):
+        asked, began = prompts(subject.cfg, sizes, number), time.perf_counter()
+        _answer(server, asked, outputs)
+        seconds.append(time.perf_counter() - began)
+    return Serving(len(asks), sum(sizes), sum(outputs), seconds[1:])
+
+
+def _answer(server: Engine, asked: Sequence[Prompt], tokens: Sequence[int]) -> None:
+    """Answers to the end."""
+    said = {str(number): 0 for number in range(len(asked))}
+    for name, prompt, count in zip(said, asked, tokens, strict=True):
+        server.add(_request(name, prompt, count))
+    while server.busy:
+        _step(server, said)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxserve.bench.costs import Cost, Phase
     from jaxserve.bench.limits import Limits
     from jaxserve.bench.models import Subject
+    from jaxserve.bench.roofline import Point
 
 ModelOption = Annotated[
     str,
@@ -61,13 +62,10 @@ class Setting(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """What results are compared with."""
-        from jaxserve.bench.costs import nbytes
-
-        about = {"name": self.subject.name, "form": self.subject.form, "bytes": nbytes(self.subject.params)}
-        return {"model": about, "limits": self.limits._asdict()}
+        return {"model": self.subject.about(), "limits": self.limits._asdict()}
 
 
-def check_outputs(out: Path | None, plot: Path | None) -> None:
+def check_outputs(out: Path | None, plot: Path | None = None) -> None:
     """Raises RequestError for files that could not be written in the end."""
     check_file("--out", out)
     check_file("--plot", plot)
@@ -88,24 +86,29 @@ def numbers(option: str, said: str) -> list[int]:
     return found
 
 
-def prepare(model: str, form: Any, dtype: str, kv_cache_dtype: Any, tell: Callable[[str, int, int], None]) -> Setting:
-    """Loads the model and finds the machine's limits."""
-    from jaxserve.bench import limits, models
+def load(model: str, form: Any, dtype: str, tell: Callable[[str, int, int], None]) -> "Subject":
+    """The model; what is compiled for it is kept for the next time."""
+    from jaxserve.bench import models
     from jaxserve.compilation import enable_cache
 
     if obstacle := enable_cache():
         notes.print(f"warning: compiled programs can't be kept for the next time: {obstacle}", soft_wrap=True)
-    subject = models.load(model, form, dtype, partial(tell, "loading"))
+    return models.load(model, form, dtype, partial(tell, "loading"))
+
+
+def prepare(model: str, form: Any, dtype: str, kv_cache_dtype: Any, tell: Callable[[str, int, int], None]) -> Setting:
+    """Loads the model and finds the machine's limits."""
+    from jaxserve.bench import limits
+
+    subject = load(model, form, dtype, tell)
     return Setting(subject, limits.measure(progress=partial(tell, "limits")), kv_cache_dtype)
 
 
-def title(setting: Setting) -> str:
+def title(subject: "Subject") -> str:
     """The model, in a few words."""
-    from jaxserve.bench.costs import nbytes
     from jaxserve.describe import human
 
-    subject = setting.subject
-    return f"{subject.name} in {subject.form}, {human(nbytes(subject.params))} of weights"
+    return f"{subject.name} in {subject.form}, {human(subject.bytes)} of weights"
 
 
 def show_limits(setting: Setting) -> None:
@@ -132,3 +135,11 @@ def keep(out: Path | None, context: typer.Context, content: dict[str, Any]) -> N
         from jaxserve.bench.machine import hardware
 
         out.write_text(json.dumps({**circumstances(context), "machine": hardware(), **content}, indent=1) + "\n")
+
+
+def draw(plot: Path | None, setting: Setting, title: str, points: "Sequence[Point]", unit: str) -> None:
+    """Draws the roofline, if there is a file for it."""
+    if plot:
+        from jaxserve.bench.plot import roofline
+
+        roofline(plot, title, points, setting.limits, unit)

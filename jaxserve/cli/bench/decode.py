@@ -14,6 +14,7 @@ from jaxserve.cli.bench.common import (
     PlotOption,
     Setting,
     check_outputs,
+    draw,
     keep,
     numbers,
     prepare,
@@ -62,10 +63,13 @@ def decode(
         experts = (f"{each.visited:,.0f}",) if setting.subject.cfg.experts else ()
         rows.append(row(point, setting.limits, f"{each.batch / point.median:,.1f}", *experts))
     experts = ("experts",) if setting.subject.cfg.experts else ()
-    print_table(f"{title(setting)}, decoding after {tokens} tokens", rows, "right", head("batch", "tokens/s", *experts))
+    print_table(
+        f"{title(setting.subject)}, decoding after {tokens} tokens", rows, "right", head("batch", "tokens/s", *experts)
+    )
     show_limits(setting)
     results = [each._asdict() | as_json(point, setting.limits) for each, point in zip(found, points, strict=True)]
     keep(out, context, {**setting.as_json(), "results": results})
+    draw(plot, setting, f"{title(setting.subject)}, decoding", points, "answers")
 
 
 def _point(setting: Setting, found: "Decoding") -> "Point":
