@@ -35,12 +35,12 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 def milliseconds(seconds: Sequence[float]) -> tuple[str, str]:
     """The median, and the spread."""
     middle, low, high = (f"{1000 * value:,.{2 if value < 0.01 else 1}f}" for value in percentiles(seconds))
-    return middle, f"{low} to {high}"
+    return middle, f"{low}-{high}"
 
 
 def head(name: str, *columns: str) -> tuple[str, ...]:
     """The head of a table whose rows are those of `row`."""
-    return name, "ms", "p10 to p90", *columns, "MB", "GFLOP", "of the roofline", "limit"
+    return name, "ms", "p10-p90", *columns, "MB", "GFLOP", "roofline", "limit"
 
 
 def row(point: Point, limits: Limits, *columns: str) -> tuple[str, ...]:

@@ -3,9 +3,11 @@
 import typer
 
 from jaxserve.cli.bench.decode import decode
+from jaxserve.cli.bench.layers import layers
 from jaxserve.cli.bench.model import model
 from jaxserve.cli.bench.prefill import prefill
 from jaxserve.cli.bench.serve import serve
+from jaxserve.cli.bench.startup import startup
 from jaxserve.cli.bench.throughput import throughput
 
 bench = typer.Typer(
@@ -13,5 +15,5 @@ bench = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, decode, prefill, throughput, model):
+for _command in (serve, decode, prefill, throughput, startup, layers, model):
     bench.command()(_command)
