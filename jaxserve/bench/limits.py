@@ -63,17 +63,17 @@ def measure(turns: int = 5, progress: Progress | None = None) -> Limits:
     return Limits(bandwidth, peaks)
 
 
-def reading(reduction: Callable[[jax.Array], jax.Array], dtype: Any, turns: int, size: int = READ) -> float:
-    """Bytes a second of a reduction of so many."""
+def reading(reduction: Callable[[jax.Array], jax.Array], dtype: Any, turns: int) -> float:
+    """Bytes a second of a reduction of a large matrix."""
     dtype = jnp.dtype(dtype)
-    x = jnp.ones((16384, size // dtype.itemsize // 16384), dtype)
+    x = jnp.ones((16384, READ // dtype.itemsize // 16384), dtype)
     return x.nbytes / fastest(jax.jit(reduction), x, turns=turns)
 
 
-def peak(dtype: Any, turns: int, shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> float:
+def peak(dtype: Any, turns: int) -> float:
     """Operations a second of the fastest product of matrices of this dtype; sums of int8 are int32."""
     sums, best = jnp.int32 if dtype == jnp.int8 else None, 0.0
-    for (t, d, f), spec in itertools.product(shapes, ORDERS):
+    for (t, d, f), spec in itertools.product(SHAPES, ORDERS):
         x, w = jnp.ones((t, d), dtype), jnp.ones(ORDERS[spec](d, f), dtype)
         run = jax.jit(lambda x, w, spec=spec: jnp.einsum(spec, x, w, preferred_element_type=sums))
         seconds = fastest(run, x, w, turns=turns)
