@@ -48,6 +48,7 @@ def test_prefill_tells_the_time_of_prompts(tmp_path, tiny_folder):
     assert (tmp_path / "roofline.png").exists()
 
 
+@pytest.mark.slow
 def test_throughput_answers_all_requests(tmp_path, tiny_folder):
     given = "--requests", "3", "--prompt-tokens", "4-9", "--output-tokens", "2", "--batch", "1", "--repetitions", "2"
     lines, kept = measured("throughput", tmp_path, tiny_folder, *given)
