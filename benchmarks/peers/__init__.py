@@ -1,0 +1,1 @@
+"""jaxserve beside other libraries that run the same model, in one run."""
