@@ -134,7 +134,11 @@ def show(title: str, found: Mapping[str, Found]) -> None:
 
 
 def compare(model: str, peers: Iterable[Peer], python: str) -> bool:
-    """Prints whether each computes what transformers does; whether all do."""
+    """Prints whether each computes what transformers does; whether all do. Raises RequestError without transformers."""
+    if not there([checks.REFERENCE], python):
+        raise RequestError(
+            f"--check compares with {checks.REFERENCE.name}; install it, or name the --python that has it"
+        )
     title = f"a tiny {model}, beside transformers in float32"
     printed, holds = Table("library", "weights", "tokens alike", "log-probs differ by", "", title=title), True
     with notes.status("comparing"):

@@ -39,6 +39,9 @@ ROUNDED = 0.5
 """And with weights of 8 bits: the worst of all tokens."""
 
 
+(REFERENCE,) = (peer for peer in PEERS if peer.name == "transformers")
+
+
 class Agreement(NamedTuple):
     """How far one library's answers are the other's."""
 
@@ -68,8 +71,7 @@ def verdicts(name: str, peers: Iterable[Peer], python: str) -> Iterable[Verdict]
         folder = Path(made)
         write_tiny(folder, name)
         job = Job(made, "float32", (3,), 40, 24, TINY["vocab_size"], 0, 600.0, logprobs=True)
-        (reference,) = (peer for peer in PEERS if peer.name == "transformers")
-        expected = _answer(reference, python, job)
+        expected = _answer(REFERENCE, python, job)
         for peer in peers:
             for form in dict.fromkeys(("float32", peer.form)):
                 need(peer, folder, form)

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from jaxserve.checkpoints.hf import read_json
 from jaxserve.checkpoints.safetensors import Tensor, open_folder
 from jaxserve.layers.config import Config, LatentAttention
-from jaxserve.parallel.errors import ConfigError
+from jaxserve.parallel.errors import CheckpointError, ConfigError
 
 ARCHITECTURES = {"deepseek_v2": gguf.MODEL_ARCH.DEEPSEEK2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 KINDS = {"float32": Kind.F32, "bfloat16": Kind.BF16, "int8": Kind.Q8_0}
@@ -25,7 +25,7 @@ def write(folder: Path, path: Path, form: str) -> None:
     """Writes the folder's model as a GGUF without a vocabulary: only token ids go in and out.
 
     Vectors and routers stay in float32, as llama.cpp's own converter leaves them. Raises ConfigError for what is not
-    written: other architectures, YaRN, groups of experts, tied embeddings.
+    written: other architectures, YaRN, groups of experts, tied embeddings; CheckpointError for a tensor without a name.
     """
     cfg = Config.from_hf(read_json(folder))
     _check(cfg, folder)
@@ -38,6 +38,8 @@ def write(folder: Path, path: Path, form: str) -> None:
         plain = values.ndim == 1 or name.endswith(".mlp.gate.weight")
         kind = Kind.F32 if plain else KINDS[form]
         called = names.get_name(name, try_suffixes=(".weight",))
+        if called is None:
+            raise CheckpointError(f"{folder} has {name}, for which GGUF has no name in {cfg.model_type}")
         writer.add_tensor(called, gguf.quantize(values.astype(np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -30,7 +30,9 @@ class LlamaCpp:
     def __init__(self, job: Job, path: str):
         llama_cpp.llama_log_set(_log, None)
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        options = llama_cpp.llama_model_default_params()
+        options.use_mmap = False  # else some weights would be read from disk while it is measured
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), options)
         if not self._model:
             raise RuntimeError(f"llama.cpp can't read {path}")
         self._job, self._context, self._sequences, self._past = job, None, 0, 0

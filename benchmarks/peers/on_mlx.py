@@ -20,7 +20,7 @@ NO_YARN = {"rope_scaling": {"factor": 1.0}}
 class Mlx:
     """A model as mlx-lm loads it; 8 bits are mlx-lm's own: a scale and an offset for each 64 codes.
 
-    Around 8 bits it is float32, in which MLX's products on CPU are some eight times faster than in bfloat16.
+    Around 8 bits it is float32, with which MLX multiplies them much faster on CPU than with bfloat16.
     """
 
     def __init__(self, job: Job):

@@ -48,12 +48,13 @@ def interpreter(peer: Peer, python: str) -> str:
 
 
 def lacks(peer: Peer, python: str) -> list[str]:
-    """The modules that a peer needs and that interpreter hasn't."""
+    """The modules that a peer needs and that interpreter hasn't. Raises PeerError if it is none."""
     code = "import sys, importlib.util as i; print(*(n for n in sys.argv[1:] if not i.find_spec(n)))"
-    found = subprocess.run([interpreter(peer, python), "-c", code, *peer.needs], capture_output=True, text=True)
-    if found.returncode:
-        raise PeerError(f"{python} can't be run: {_last(found.stderr)}")
-    return found.stdout.split()
+    command = [interpreter(peer, python), "-c", code, *peer.needs]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise PeerError(f"--python {python} is no interpreter that runs ({error}); name another") from None
 
 
 def ask(peer: Peer, python: str, job: Job) -> Iterator[dict[str, Any]]:
