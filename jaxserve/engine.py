@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jaxserve import __version__
 from jaxserve import options as sizes
 from jaxserve.answers import Answers
-from jaxserve.compilation import OPTIONS
 from jaxserve.counters import Counters
 from jaxserve.guidance import Guide, Guides
 from jaxserve.layers.config import Config
@@ -143,7 +142,7 @@ class Engine:
         self._said: list[Output] = []  # by a step that is being read
         self._came = 0.0  # when the step before was there
         self._round_seconds = PATIENCE  # what one takes
-        self._programs = Programs(self._lower, OPTIONS.get(jax.default_backend()))
+        self._programs = Programs(self._lower)
         self._failure: BaseException | None = None
         self._rebalancer = Rebalancer(self._model, self._devices) if mesh and cfg.experts else None
         if options.warmup:

@@ -1,9 +1,13 @@
 """The few shapes in which the steps are compiled, before the first request."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+
+import jax
+
+from jaxserve.compilation import OPTIONS
 
 Progress = Callable[[int, int], None]
 """Called with the number of programs that are compiled, and of those there are."""
@@ -84,13 +88,13 @@ class Shapes(NamedTuple):
 
 
 class Programs:
-    """Compiled programs by their shape; `lower` traces one, and its `compile` makes it, with XLA's `options`.
+    """Compiled programs by their shape; `lower` traces one, and its `compile` makes it, with this platform's options.
 
     What wasn't compiled beforehand is when it is needed, and counted: its step waits for it.
     """
 
-    def __init__(self, lower: Callable[[Any], Any], options: Mapping[str, Any] | None = None):
-        self._lower, self._options = lower, options and dict(options)
+    def __init__(self, lower: Callable[[Any], Any]):
+        self._lower = lower
         self._compiled: dict[Any, Any] = {}
         self.late = 0
 
@@ -105,13 +109,13 @@ class Programs:
         with ThreadPoolExecutor() as threads:
             for shape in shapes:
                 progress(sum(future.done() for future in futures.values()), len(shapes))
-                futures[shape] = threads.submit(self._lower(shape).compile, self._options)
+                futures[shape] = threads.submit(self._lower(shape).compile, OPTIONS.get(jax.default_backend()))
             for done, (shape, future) in enumerate(futures.items(), start=1):
                 self._compiled[shape] = future.result()
                 progress(done, len(shapes))
 
     def __getitem__(self, shape: Any) -> Any:
         if shape not in self._compiled:
-            self._compiled[shape] = self._lower(shape).compile(self._options)
+            self._compiled[shape] = self._lower(shape).compile(OPTIONS.get(jax.default_backend()))
             self.late += 1
         return self._compiled[shape]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxserve.compilation import OPTIONS
 from jaxserve.programs import Programs, Shapes, Tiles
 
 
@@ -58,9 +59,6 @@ def test_the_smallest_step_and_a_single_slot_have_shapes():
     assert Shapes.of(1, 1) == Shapes((Tiles(1, 1),), (1,))
 
 
-OPTIONS = {"xla_cpu_prefer_vector_width": 512}
-
-
 class Lowered:
     """What `lower` gives: notes that it is compiled."""
 
@@ -68,14 +66,14 @@ class Lowered:
         self._shape, self._log = shape, log
 
     def compile(self, options: dict | None) -> str:
-        assert options == OPTIONS
+        assert options == OPTIONS["cpu"]
         self._log.append(self._shape)
         return f"program {self._shape}"
 
 
 def test_each_shape_is_compiled_once_and_what_comes_late_is_counted():
     log, told = [], []
-    programs = Programs(lambda shape: Lowered(shape, log), OPTIONS)
+    programs = Programs(lambda shape: Lowered(shape, log))
     programs.compile([4, 1], lambda *progress: told.append(progress))
     assert (sorted(log), sorted(set(told)), len(programs), programs.late) == ([1, 4], [(0, 2), (1, 2), (2, 2)], 2, 0)
     assert [programs[shape] for shape in (1, 4, 1)] == ["program 1", "program 4", "program 1"]
