@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 RUNNING, WAITING, GOAL = "#4c8dbf", "#f0b440", "#c8501e"  # told apart by the colour-blind too
 
+FEW = 6
+"""Points up to which each has its name beside it, and not in a list."""
+
 
 def check(path: Path) -> None:
     """Raises RequestError if there could be no picture at `path`: told before the load, not after it."""
@@ -92,8 +95,10 @@ def roofline(path: Path, title: str, points: "Sequence[Point]", limits: "Limits"
 
     `unit` is what the points' names count.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    colors = colormaps["tab20"]
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     _tidy(axes, title, "operations a byte", "operations a second")
@@ -110,11 +115,16 @@ def roofline(path: Path, title: str, points: "Sequence[Point]", limits: "Limits"
     axes.annotate(
         f"{limits.bandwidth / 1e9:,.1f} GB/s", (span[0], span[0] * limits.bandwidth), (6, 0), va="center", **_SMALL
     )
-    for point in points:
+    several = len(points) > FEW
+    for number, point in enumerate(points):
         speed = sum(point.cost.operations.values()) / point.median
-        axes.plot(point.cost.intensity, speed, "o", color=RUNNING, markersize=6)
-        label = f"{point.name} {unit}: {point.share(limits):.0%}"
-        axes.annotate(label, (point.cost.intensity, speed), (7, -9), **_SMALL)
+        label = f"{point.name} {unit}".rstrip() + f": {point.share(limits):.0%}"
+        color = colors(number % colors.N) if several else RUNNING
+        axes.plot(point.cost.intensity, speed, "o", color=color, markersize=6, label=label)
+        if not several:
+            axes.annotate(label, (point.cost.intensity, speed), (7, -9), **_SMALL)
+    if several:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 

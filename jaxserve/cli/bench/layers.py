@@ -57,8 +57,8 @@ def layers(
     for (name, size), (parts, step) in zip(cases, found, strict=True):
         what = f"{name}, {tokens} tokens" if name == "prefill" else f"{name}, batch {size}, after {tokens} tokens"
         _print(setting, what, parts, step)
-        shown = [part._replace(name=f"{name} {size}: {part.name}") for part in parts if part.cost.operations]
-        points += shown
+        short = f"batch {size}" if name == "decode" else name
+        points += [part._replace(name=f"{short}, {part.name}") for part in parts if part.cost.operations]
         results.append({"phase": name, "batch": size, "tokens": tokens, "step": step} | _as_json(setting, parts))
     show_limits(setting)
     keep(out, context, {**setting.as_json(), "results": results})

@@ -34,8 +34,9 @@ def test_all_numbers_are_kept():
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
-def test_the_roofline_is_drawn(kind, tmp_path):
-    plot.roofline(tmp_path / f"roof.{kind}", "a model", [READ, MULTIPLIED], LIMITS, "answers")
+@pytest.mark.parametrize("times", [0, 1, 5])
+def test_the_roofline_is_drawn_with_any_number_of_points(kind, times, tmp_path):
+    plot.roofline(tmp_path / f"roof.{kind}", "a model", [READ, MULTIPLIED] * times, LIMITS, "answers")
     assert (tmp_path / f"roof.{kind}").read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
 
 
