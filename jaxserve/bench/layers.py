@@ -16,7 +16,6 @@ import numpy as np
 from jaxserve.bench.costs import Cost, Phase, parts
 from jaxserve.bench.models import Subject
 from jaxserve.bench.roofline import Point
-from jaxserve.compilation import OPTIONS
 from jaxserve.layers.attention import Gqa, attend_grouped, keys_values, merge_heads
 from jaxserve.layers.batch import Batch, write
 from jaxserve.layers.config import Config, GroupedAttention, LatentAttention
@@ -100,8 +99,7 @@ def run_in_turn(found: Mapping[str, Part], turns: int, progress: Progress | None
     caches = {name: part.cache for name, part in found.items()}
     run = {name: jax.jit(_of_all_layers(part.one), donate_argnums=0) for name, part in found.items()}
     given = {name: (part.weights, part.given) for name, part in found.items()}
-    lower = lambda name: run[name].trace(caches[name], *given[name]).lower()  # noqa: E731
-    programs = Programs(lower, OPTIONS.get(jax.default_backend()))
+    programs = Programs(lambda name: run[name].trace(caches[name], *given[name]).lower())
     programs.compile(found, progress)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(1 + turns):

@@ -87,7 +87,7 @@ def peak(dtype: Any, turns: int) -> float:
 
 
 def fastest(run: Callable[..., Any], *given: Any, turns: int) -> float:
-    """Seconds of the fastest of so many turns, compiled as the engine compiles its programs; the first doesn't count."""
+    """Seconds of the fastest of so many turns, after one that compiles, as the engine compiles its programs."""
     run = jax.jit(run, compiler_options=OPTIONS.get(jax.default_backend()))
     jax.block_until_ready(run(*given))
     found = []
