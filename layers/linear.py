@@ -1,4 +1,4 @@
-"""Products with weights: `einsum` for activations and a matrix; for rows of which each has its own, `each_by_own`.
+"""Products with weights: `einsum` for activations and a matrix; `each_by_own`, `matvec` for one of many matrices.
 
 A weight that is a `QArray` is multiplied in integers: activations are quantized too, with a scale a row, the sums of
 int8 x int8 are exact in int32, and only then come both scales. So a row's result has the same bits whatever other rows
@@ -20,12 +20,11 @@ from jaxserve.parallel.qarray import QArray, quantize, quantize_blocks
 FEW_ROWS = 32
 """Up to so many rows, XLA on CPU is faster if the weight is the left factor: it packs the right one each time."""
 
-
 ONE_BY_ONE = 3
 """Up to so many rows of INT8 are faster computed one by one (see `rows`) than packed."""
 
-PACKED = 4096
-"""A matrix of INT8 with more rows should be the right factor, however few rows the left one has."""
+LARGE = 4096
+"""With more rows, a matrix of INT8 is faster as the right factor, however few rows the left one has."""
 
 
 def einsum(spec: str, x: Leaf, w: Leaf, dtype: Any = None) -> jax.Array:
@@ -80,10 +79,10 @@ def product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     """`einsum` of arrays in the order that is fast; of int8, the exact sums, int32."""
     factors, out = spec.split("->")
     left, right = factors.split(",")
-    if x.dtype == jnp.int8 and x.ndim == w.ndim == 2:
+    if x.dtype == jnp.int8 and x.ndim == w.ndim == 2 and left[-1] == right[-1]:
         if len(x) <= ONE_BY_ONE and pays(x.shape[1]):
             return dot_rows(x, w)
-        if len(x) > 1 and len(w) > PACKED:
+        if len(x) > 1 and len(w) > LARGE:
             return _einsum(spec, x, w)
     if left[0] != "t":
         few = x.shape[left.index("t")] <= FEW_ROWS if "t" in left else False

@@ -29,7 +29,16 @@ Form = Literal["int8", "bfloat16", "float32"]
 Progress = Callable[[int, int], None]
 """Called with the bytes that are in place and those there are in all."""
 
-_DEEPSEEK: dict[str, Any] = {
+_COMMON: dict[str, Any] = {
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_DEEPSEEK = _COMMON | {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
     "kv_lora_rank": 512,
@@ -48,14 +57,7 @@ _DEEPSEEK: dict[str, Any] = {
     "topk_method": "greedy",
     "norm_topk_prob": False,
     "routed_scaling_factor": 1.0,
-    "max_position_embeddings": 4096,
     "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
 }
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -69,7 +71,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
     },
-    "bench-dense": {
+    "bench-dense": _COMMON
+    | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "vocab_size": 32_000,
@@ -79,14 +82,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 128,
-        "max_position_embeddings": 4096,
         "rope_theta": 1_000_000.0,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
     },
     "bench-v2-lite": _DEEPSEEK
     | {
