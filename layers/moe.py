@@ -19,6 +19,10 @@ ROWS = 24
 """Rows of INT8 that are run together; what they are on the way stays in a cache."""
 
 
+TILE = 16
+"""Rows that a product of INT8 computes together."""
+
+
 class Mlp(NamedTuple):
     """Gated feed-forward weights; of experts, with a leading axis `e`."""
 
@@ -143,21 +147,21 @@ def _keep_best_groups(choice_te: Array, cfg: Experts) -> Array:
 
 
 def mix_experts(
-    p: Mlp, x_td: Leaf, routing: Routing, implementation: str | None = None, dtype: Any = None
+    p: Mlp, x_td: Leaf, routing: Routing, implementation: str | None = None, dtype: Any = None, sparse: bool = False
 ) -> Float[Array, "t d"]:
     """Each token's weighted sum over its experts. All implementations give the same result and drop nothing.
 
     Tokens `[t, d]` may be quantized already, for experts that are too; the result's `dtype` must be given then.
 
-    "dense" runs every expert on every token, at once. "halves" gives each room for half of the tokens, and runs it on
-    its own; if one has more, it is "dense". "blocks" sorts tokens by expert and runs blocks of one expert each, one
-    after another: work in proportion to the tokens. "rows", for experts in INT8 on CPU, runs each token by itself.
-    None chooses by their cost.
+    "dense" runs every expert on every token, at once. "rooms" gives each room for some more than its fair share, and
+    runs it on those that find room; the others are "blocks". "blocks" sorts tokens by expert and runs blocks of one
+    expert each, one after another: work in proportion to the tokens. "rows", for experts in INT8 on CPU, runs each
+    token by itself. None chooses by their cost; it helps to know that most choices are none (`sparse`).
     """
-    plans = {"dense": _mix_dense, "halves": _mix_halves, "blocks": _mix_blocks, "rows": _mix_rows}
+    plans = {"dense": _mix_dense, "rooms": _mix_rooms, "blocks": _mix_blocks, "rows": _mix_rows}
     if implementation is None:
         by_rows = all(map(multiplies_rows, p))
-        implementation = _cheaper(*routing.experts_tk.shape, experts=p.w_gate.shape[0], by_rows=by_rows)
+        implementation = _cheaper(*routing.experts_tk.shape, p.w_gate.shape[0], by_rows, sparse)
     if implementation not in plans:
         raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
     dtype = dtype or x_td.dtype
@@ -175,7 +179,7 @@ def mix_spread_experts(
     routing = _with_shared(routing, routed, shared=routes.slots_em.shape[0] - routed)
     came, handle = dispatch(x_td, physical(routing.experts_tk, routes, ranks, routed), here, ranks)
     alone_i1 = Routing(came.slots_i[:, None], jnp.ones((len(came.slots_i), 1)))
-    y_id = mix_experts(p, came.rows_id, alone_i1, dtype=x_td.dtype)
+    y_id = mix_experts(p, came.rows_id, alone_i1, dtype=x_td.dtype, sparse=True)
     return combine(y_id, routing.weights_tk, handle, ranks)
 
 
@@ -202,16 +206,17 @@ def physical(experts_tk: Int[Array, "t k"], routes: Routes, ranks: Ranks, routed
     return routes.slots_em.at[experts_tk, turn_tk].get(mode="fill", fill_value=jnp.iinfo(jnp.int32).max)
 
 
-def _cheaper(t: int, k: int, experts: int, by_rows: bool) -> str:
+def _cheaper(t: int, k: int, experts: int, by_rows: bool, sparse: bool) -> str:
     """Blocks read the experts that are visited; those of several rows three times: they copy the weights they use.
 
-    Rows read an expert for each token; what the one before has read is in a cache.
+    Rows read an expert for each token; what the one before has read is in a cache. Rooms read every expert, and compute
+    in full what nobody takes.
     """
     if by_rows and t * k <= 2 * experts:
         return "rows"
-    if t > 32 or t * k < 2 * experts:
+    if t * k < 2 * experts or (sparse and t > 32):
         return "blocks"
-    return "halves" if t >= 8 and 3 * k <= experts else "dense"  # then few have more than half of the tokens
+    return "rooms" if room(t, k, experts) < t else "dense"
 
 
 def _mix_dense(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
@@ -221,20 +226,25 @@ def _mix_dense(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
 
 
-def _mix_halves(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
+def _mix_rooms(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
     (t, k), experts, flat = routing.experts_tk.shape, p.w_gate.shape[0], routing.experts_tk.reshape(-1)
+    size = room(t, k, experts)
     place, load_e = rank_in_group(flat, experts)
+    tokens_et = jnp.full((experts, size), t).at[flat, place].set(jnp.arange(t * k) // k, mode="drop")
+    x_etd = jax.tree.map(lambda part: jnp.take(part, tokens_et, axis=0, mode="fill", fill_value=0), x_td)
+    gate_etf, up_etf = (einsum("etd,efd->etf", x_etd, w, dtype) for w in (p.w_gate, p.w_up))
+    y_etd = einsum("etf,edf->etd", jax.nn.silu(gate_etf) * up_etf, p.w_down)
+    y_tkd = y_etd.at[flat, place].get(mode="fill", fill_value=0).reshape(t, k, -1)
+    y_td = jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+    count = t * k // min(size + 1, block_shape(t, k, experts)[0])  # of blocks, if as many as can be find no room
+    without_tk = jnp.where((place < size).reshape(t, k), experts, routing.experts_tk)
+    others = lambda: y_td + _mix_blocks(p, x_td, routing._replace(experts_tk=without_tk), dtype, count)  # noqa: E731
+    return jax.lax.cond((load_e > size).any(), others, lambda: y_td)
 
-    def own_tokens() -> Array:
-        tokens_et = jnp.full((experts, max(1, t // 2)), t).at[flat, place].set(jnp.arange(t * k) // k, mode="drop")
-        x_etd = jax.tree.map(lambda part: jnp.take(part, tokens_et, axis=0, mode="fill", fill_value=0), x_td)
-        gate_etf, up_etf = (einsum("etd,efd->etf", x_etd, w, dtype) for w in (p.w_gate, p.w_up))
-        y_etd = einsum("etf,edf->etd", jax.nn.silu(gate_etf) * up_etf, p.w_down)
-        y_tkd = y_etd[flat, place].reshape(t, k, -1)
-        return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
 
-    all_tokens = lambda: _mix_dense(p, x_td, routing, dtype)  # noqa: E731
-    return jax.lax.cond(load_e.max() <= t // 2, own_tokens, all_tokens)
+def room(t: int, k: int, experts: int) -> int:
+    """Tokens of an expert that find room: a third more than its fair share, in whole tiles of a product; at most all."""
+    return min(t, -(-4 * t * k // (3 * experts * TILE)) * TILE)
 
 
 def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
@@ -246,22 +256,25 @@ def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
     return size, min(t * k, t * k // size + min(experts, t * k))
 
 
-def _mix_blocks(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
+def _mix_blocks(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any, count: int | None = None) -> Array:
     (t, k), experts = routing.experts_tk.shape, p.w_gate.shape[0]
-    size, count = block_shape(t, k, experts)
+    size, most = block_shape(t, k, experts)
+    count = count or most
     row_tk, block_experts = assign_blocks(routing.experts_tk, experts, size, count)
-    tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None], mode="drop")
-    fill = lambda part: jnp.take(part, tokens, axis=0, mode="fill", fill_value=0).reshape(count, size, -1)  # noqa: E731
-    in_integers = any(isinstance(w, QArray) for w in p)
+    tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None], mode="drop").reshape(count, size)
+    alone = size == 1 and not any(isinstance(w, QArray) for w in p)
 
-    def run(block: tuple[Leaf, Array]) -> Array:
-        rows_td, expert = block
-        weights = lambda: jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), p)  # noqa: E731
-        several = lambda: mlp(weights(), rows_td, dtype)  # noqa: E731
-        visit = several if size > 1 or in_integers else lambda: _mlp_of_one(weights(), rows_td[0])[None]
-        return jax.lax.cond(expert < experts, visit, lambda: jnp.zeros(rows_td.shape, dtype))
+    def run(block: tuple[Array, Array]) -> Array:
+        tokens, expert = block
 
-    rows = jax.lax.map(run, (jax.tree.map(fill, x_td), block_experts)).reshape(count * size, -1)
+        def visit() -> Array:
+            rows = jax.tree.map(lambda part: jnp.take(part, tokens, axis=0, mode="fill", fill_value=0), x_td)
+            weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), p)
+            return _mlp_of_one(weights, rows[0])[None] if alone else mlp(weights, rows, dtype)
+
+        return jax.lax.cond(expert < experts, visit, lambda: jnp.zeros((size, x_td.shape[1]), dtype))
+
+    rows = jax.lax.map(run, (tokens, block_experts)).reshape(count * size, -1)
     y_tkd = jnp.take(rows, row_tk, axis=0, mode="clip")
     return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
 

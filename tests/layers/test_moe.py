@@ -129,7 +129,7 @@ def routing_of(kind: str, rng: np.random.Generator, tokens: int, experts: int, k
     return Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((tokens, k)), jnp.float32))
 
 
-@pytest.mark.parametrize("implementation", ["dense", "halves", "blocks", None])
+@pytest.mark.parametrize("implementation", ["dense", "rooms", "blocks", None])
 @pytest.mark.parametrize("kind", ["random", "all to the last"])
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 3), (2, 3), (7, 1), (50, 3)])
 def test_every_implementation_equals_a_loop_over_experts(rng, tokens, k, kind, implementation):
@@ -140,7 +140,7 @@ def test_every_implementation_equals_a_loop_over_experts(rng, tokens, k, kind, i
     assert_close(run_mix(p, x, routing, implementation=implementation), loop_over_experts(p, x, routing), LAYER)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "halves", "blocks"])
+@pytest.mark.parametrize("implementation", ["dense", "rooms", "blocks"])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_activations_of_bfloat16_keep_their_dtype(rng, tokens, implementation):
     cfg, experts = experts_of(raw_config("deepseek_v3"))
@@ -166,7 +166,7 @@ def test_no_expert_computes_a_single_row_of_16_bits(rng, implementation):
 def test_an_unknown_implementation_is_refused_with_those_there_are(rng):
     cfg, experts = experts_of(raw_config("deepseek_v3"))
     p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
-    with pytest.raises(NotImplementedError, match="'ragged'.*dense, halves, blocks"):
+    with pytest.raises(NotImplementedError, match="'ragged'.*dense, rooms, blocks"):
         mix_experts(p, jnp.ones((1, cfg.width)), routing_of("random", rng, 1, 8, 3), implementation="ragged")
 
 
@@ -227,13 +227,14 @@ def test_padding_visits_no_expert_and_changes_no_other_token(rng, tokens):
     assert np.isfinite(y).all()
 
 
-def test_a_gradient_is_that_of_the_dense_plan(rng):
+def test_gradients_are_those_of_the_dense_plan(rng):
     cfg, experts = experts_of(raw_config("deepseek_v3"))
     p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
     x, routing = normal(rng, 64, cfg.width), routing_of("random", rng, 64, 8, 3)
     loss = lambda p, plan: (run_mix(p, x, routing, implementation=plan) ** 2).sum()  # noqa: E731
-    found, expected = (jax.grad(loss)(p, plan) for plan in ("blocks", "dense"))
-    jax.tree.map(lambda a, b: assert_close(a, b, LAYER), found, expected)
+    *found, expected = (jax.grad(loss)(p, plan) for plan in ("blocks", "rooms", "dense"))
+    for each in found:
+        jax.tree.map(lambda a, b: assert_close(a, b, LAYER), each, expected)
 
 
 def test_a_single_network_equals_the_reference(rng):
@@ -260,9 +261,9 @@ def test_experts_of_every_kind_equal_their_floats_but_for_rounded_activations_by
     p = Mlp(*(w if n is None else quantize_blocks(w, n) for w, n in zip(p, KINDS[kind], strict=True)))
     twin = Mlp(*(dequantize(w, jnp.float32) if isinstance(w, QArray) else w for w in p))
     x, routing = normal(rng, tokens, cfg.width), routing_of("random", rng, tokens, experts.count, 3)
-    plans = "dense", "halves", "blocks"
-    dense, halves, blocks = (np.asarray(run_mix(p, x, routing, implementation=plan)) for plan in plans)
-    assert_close(halves, dense, OP)
+    plans = "dense", "rooms", "blocks"
+    dense, rooms, blocks = (np.asarray(run_mix(p, x, routing, implementation=plan)) for plan in plans)
+    assert_close(rooms, dense, OP)
     expected = loop_over_experts(twin, x, routing)
     assert 0 < np.linalg.norm(dense - expected) < 0.05 * np.linalg.norm(expected)
     assert_close(blocks, dense, OP)
