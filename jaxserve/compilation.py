@@ -24,6 +24,17 @@ OVERLAP = {
 """By platform, XLA's options for programs whose exchanges are to run beside computations."""
 
 
+def executables_folder() -> Path | None:
+    """Where programs are kept as they run: in the folder of JAX's cache, where that is one, and in use.
+
+    None where processes share a mesh: each would have to find the same there as the others.
+    """
+    folder = jax.config.jax_compilation_cache_dir
+    if not (folder and jax.config.jax_enable_compilation_cache) or "://" in folder or jax.process_count() > 1:
+        return None
+    return Path(folder) / "executables"
+
+
 def enable_cache() -> str | None:
     """Keeps compiled programs in the user's cache folder, unless another was chosen for JAX, or none.
 

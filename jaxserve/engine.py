@@ -17,6 +17,7 @@ from jaxserve import __version__
 from jaxserve import options as sizes
 from jaxserve.answers import Answers
 from jaxserve.counters import Counters
+from jaxserve.executables import Executables
 from jaxserve.guidance import Guide, Guides
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import is_int8
@@ -39,12 +40,12 @@ from jaxserve.request import Output, Request
 from jaxserve.scheduler import Chunk, Limits, Plan, Room, Scheduler, Sequence
 from jaxserve.serving import Memory
 from jaxserve.slots import mark
-from jaxserve.spmd import trace
+from jaxserve.spmd import Call
 from jaxserve.steps import ROUNDS, Chosen, Prefilled
 from jaxserve.table import OWN_ENDS, SlotTable
 from jaxserve.together import Share, Together, Wish
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.tracing import empty_state, make_gate, trace_step
+from jaxserve.tracing import call_of, empty_state, make_gate
 
 PATIENCE = 0.03
 """Seconds that a step of several rounds may take."""
@@ -84,10 +85,12 @@ class Engine:
         options: EngineConfig | None = None,
         progress: Progress | None = None,
         mesh: Mesh | None = None,
+        executables: Executables | None = None,
     ):
         """Takes the weights over, makes the cache, and compiles the steps; `progress` is told how far that is.
 
-        On a mesh the weights lie already as `parallel.sharding.DECODE` says, see `layers.spread`.
+        On a mesh the weights lie already as `parallel.sharding.DECODE` says, see `layers.spread`. Steps that are
+        among the `executables` aren't compiled; others are kept there.
         """
         self.cfg, self.options = cfg, (options := options or EngineConfig())
         self.max_model_len, self.drafts = sizes.model_len(cfg, options), sizes.drafts(cfg, options)
@@ -142,7 +145,7 @@ class Engine:
         self._said: list[Output] = []  # by a step that is being read
         self._came = 0.0  # when the step before was there
         self._round_seconds = PATIENCE  # what one takes
-        self._programs = Programs(self._lower)
+        self._programs = Programs(self._call, executables)
         self._failure: BaseException | None = None
         self._rebalancer = Rebalancer(self._model, self._devices) if mesh and cfg.experts else None
         if options.warmup:
@@ -305,17 +308,17 @@ class Engine:
 
     # Launching a step: nothing is waited for.
 
-    def _lower(self, shape: Any) -> Any:
-        """Traces and lowers the program of a shape, or one that has but one."""
+    def _call(self, shape: Any) -> Call:
+        """The program of a shape, or one that has but one, and what it is for."""
         mesh, ranks = self._devices.mesh, self._ranks
         if shape is mark:
-            return trace(mark, mesh, ranks, self._state.slots, *self._packer.marks()).lower()
+            return Call(mark, mesh, ranks, (self._state.slots, *self._packer.marks()))
         if shape is move:
             none = self._devices.same(np.full(MOVES, np.iinfo(np.int32).max, np.int32))
-            return trace(move, mesh, ranks, mixtures(self._model)[0].experts, none, none).lower()
+            return Call(move, mesh, ranks, (mixtures(self._model)[0].experts, none, none))
         given = self._model, self._state, self._table.on_device()
         static = {"cfg": self.cfg, "drafts": self.drafts}
-        return trace_step(shape, given, self._packer, self._gate, self._devices, ranks, **static).lower()
+        return call_of(shape, given, self._packer, self._gate, self._devices, ranks, **static)
 
     def _plan(self) -> list[Plan]:
         """What each rank of this process does in the next step, which all processes make."""

@@ -21,8 +21,9 @@ from jaxserve import options as sizes
 from jaxserve.checkpoints import hf, store
 from jaxserve.checkpoints.formats import find_format
 from jaxserve.checkpoints.hub import locate
-from jaxserve.compilation import enable_cache
+from jaxserve.compilation import enable_cache, executables_folder
 from jaxserve.engine import Engine
+from jaxserve.executables import Executables
 from jaxserve.footprint import check_room
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import in_int8
@@ -104,8 +105,8 @@ class LLM:
             if devices:
                 extra = engine_config.num_redundant_experts, engine_config.num_shared_expert_ranks
                 weights = spread(weights, cfg, devices, in_order(cfg, devices.size, *extra))
-            compiling = partial(tell, "compiling")
-            self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices)
+            compiling, kept = partial(tell, "compiling"), Executables(executables_folder())
+            self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices, kept)
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._left: deque[str] = deque()  # requests whose callers went away

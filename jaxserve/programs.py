@@ -1,6 +1,7 @@
 """The few shapes in which the steps are compiled, before the first request."""
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxserve.compilation import OPTIONS
+from jaxserve.executables import Executables
 
 Progress = Callable[[int, int], None]
 """Called with the number of programs that are compiled, and of those there are."""
@@ -88,13 +90,15 @@ class Shapes(NamedTuple):
 
 
 class Programs:
-    """Compiled programs by their shape; `lower` traces one, and its `compile` makes it, with this platform's options.
+    """Compiled programs by their shape; `call` says which it is, what that lowers to has this platform's options.
 
-    What wasn't compiled beforehand is when it is needed, and counted: its step waits for it.
+    Those that are kept as executables are loaded. What wasn't there beforehand is made when it is needed, and counted:
+    its step waits for it.
     """
 
-    def __init__(self, lower: Callable[[Any], Any]):
-        self._lower = lower
+    def __init__(self, call: Callable[[Any], Any], executables: Executables | None = None):
+        self._call, self._executables = call, executables or Executables()
+        self._options = OPTIONS.get(jax.default_backend())
         self._compiled: dict[Any, Any] = {}
         self.late = 0
 
@@ -102,20 +106,29 @@ class Programs:
         return len(self._compiled)
 
     def compile(self, shapes: Iterable[Any], progress: Progress | None = None) -> None:
-        """Compiles several at once: XLA works while the next is traced."""
+        """Loads or compiles several at once: XLA works while the next is traced."""
         shapes = [shape for shape in shapes if shape not in self._compiled]
         progress = progress or (lambda done, total: None)
         futures: dict[Any, Future] = {}
-        with ThreadPoolExecutor() as threads:
-            for shape in shapes:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            loaded = {shape: threads.submit(self._load, shape) for shape in shapes}
+            for shape, future in loaded.items():
                 progress(sum(future.done() for future in futures.values()), len(shapes))
-                futures[shape] = threads.submit(self._lower(shape).compile, OPTIONS.get(jax.default_backend()))
+                futures[shape] = (
+                    future if future.result() else threads.submit(self._lower(shape).compile, self._options)
+                )
             for done, (shape, future) in enumerate(futures.items(), start=1):
                 self._compiled[shape] = future.result()
                 progress(done, len(shapes))
 
     def __getitem__(self, shape: Any) -> Any:
         if shape not in self._compiled:
-            self._compiled[shape] = self._lower(shape).compile(OPTIONS.get(jax.default_backend()))
+            self._compiled[shape] = self._load(shape) or self._lower(shape).compile(self._options)
             self.late += 1
         return self._compiled[shape]
+
+    def _load(self, shape: Any) -> Any | None:
+        return self._executables.load(self._call(shape), self._options)
+
+    def _lower(self, shape: Any) -> Any:
+        return self._executables.lower(self._call(shape))

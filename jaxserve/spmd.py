@@ -4,8 +4,9 @@ What belongs to sequences is split over the ranks along its first axis, and numb
 rank; so on a rank `decode` sees what it sees on a single device, and ranks meet in the exchange of tokens alone.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -40,16 +41,29 @@ GIVES = {
 }
 
 
-def trace(program: Any, mesh: AnyMesh | None, ranks: Ranks, *given: Any, **static: Any) -> Any:
-    """Traces one of the programs for what it is given: on one device, or on a mesh, whose `ranks` exchange so.
+class Call(NamedTuple):
+    """One of the programs and what it is traced for: on one device, or on a mesh, whose `ranks` exchange so.
 
     The programs are `steps.decode`, `slots.mark`; on one device `steps.prefill`, on meshes `prefill_packed` and
     `transfer.move`. What is given may be described only, for a mesh without devices too.
     """
-    if mesh is None:
-        return program.trace(*given, **static)
-    weights = (jax.tree.map(lambda leaf: leaf.sharding.spec, given[0]),) if program in (prefill_packed, decode) else ()
-    return _over(program, mesh, ranks, weights, **static).trace(*given)
+
+    program: Any
+    mesh: AnyMesh | None
+    ranks: Ranks
+    given: tuple[Any, ...]
+    static: Mapping[str, Any] = {}
+
+    def trace(self) -> Any:
+        if self.mesh is None:
+            return self.program.trace(*self.given, **self.static)
+        weights = ()
+        if self.program in (prefill_packed, decode):
+            weights = (jax.tree.map(lambda leaf: leaf.sharding.spec, self.given[0]),)
+        return _over(self.program, self.mesh, self.ranks, weights, **self.static).trace(*self.given)
+
+    def lower(self) -> Any:
+        return self.trace().lower()
 
 
 @lru_cache  # engines of one size share what is traced

@@ -23,7 +23,7 @@ from jaxserve.parallel.ranks import Ranks
 from jaxserve.parallel.sharding import DECODE, Param, Rules, abstract, shardings, zeros
 from jaxserve.programs import Tiles
 from jaxserve.slots import empty
-from jaxserve.spmd import trace
+from jaxserve.spmd import Call
 from jaxserve.steps import Gate, State, decode, prefill
 from jaxserve.table import SlotTable
 
@@ -72,19 +72,19 @@ def make_gate(options: EngineConfig, devices: Devices) -> Gate:
     return Gate(*devices.same((np.float32(options.speculation_entropy), np.int32(most))))
 
 
-def trace_step(
+def call_of(
     shape: Tiles | int, given: tuple[Any, Any, Any], packer: Packer, gate: Gate, devices: Devices, ranks: Ranks,
     **static: Any,
-) -> Any:  # fmt: skip
-    """The program of a shape, traced for a model, a state and a table: prefill for tiles, decode for rows."""
+) -> Call:  # fmt: skip
+    """The program of a shape, for a model, a state and a table: prefill for tiles, decode for rows."""
     mesh = devices.mesh
     if isinstance(shape, Tiles) and mesh:
         ranks = ranks._replace(microbatches=shape.parts)
-        return trace(prefill_packed, mesh, ranks, *given, *packer.shared_chunks([], shape, {}), **static)
+        return Call(prefill_packed, mesh, ranks, (*given, *packer.shared_chunks([], shape, {})), static)
     if isinstance(shape, Tiles):
-        return trace(prefill, mesh, ranks, *given, *packer.chunks([], shape, {}), **static)
+        return Call(prefill, mesh, ranks, (*given, *packer.chunks([], shape, {})), static)
     rows = packer.rows({}, shape, {})
-    return trace(decode, mesh, ranks, *given, *rows, gate, packer.number(1), **static)
+    return Call(decode, mesh, ranks, (*given, *rows, gate, packer.number(1)), static)
 
 
 def trace_described(shape: Tiles | int, given: Described, cfg: Config, options: EngineConfig, ranks: Ranks) -> Any:
@@ -94,4 +94,5 @@ def trace_described(shape: Tiles | int, given: Described, cfg: Config, options: 
     table = SlotTable(slots, columns, frozenset(cfg.eos_ids), devices).on_device()
     packer = Packer(drafts, cfg.vocab_size, slots, devices)
     arrays = given.model, given.state, table
-    return trace_step(shape, arrays, packer, make_gate(options, devices), devices, ranks, cfg=cfg, drafts=drafts)
+    call = call_of(shape, arrays, packer, make_gate(options, devices), devices, ranks, cfg=cfg, drafts=drafts)
+    return call.trace()

@@ -99,7 +99,7 @@ def run_in_turn(found: Mapping[str, Part], turns: int, progress: Progress | None
     caches = {name: part.cache for name, part in found.items()}
     run = {name: jax.jit(_of_all_layers(part.one), donate_argnums=0) for name, part in found.items()}
     given = {name: (part.weights, part.given) for name, part in found.items()}
-    programs = Programs(lambda name: run[name].trace(caches[name], *given[name]).lower())
+    programs = Programs(lambda name: run[name].trace(caches[name], *given[name]))
     programs.compile(found, progress)
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(1 + turns):

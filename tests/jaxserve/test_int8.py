@@ -95,7 +95,7 @@ def test_tokens_are_sent_as_they_are_to_experts_that_round_them_in_blocks():
 def test_tokens_are_sent_to_experts_as_they_are_rounded_there():
     subject, rows = engine((2, 4)), MESH_SHAPES.decode[0]
     slots = mixtures(subject._model)[0].experts.w_gate.shape[0] // 8
-    there, back = collectives(subject._lower(rows).compile())[:2]
+    there, back = collectives(subject._call(rows).lower().compile())[:2]
     messages = 8 * capacity(rows, subject.cfg.experts.per_token, slots)
     assert (there.dtype, there.values) == ("u8", messages * message_bytes(subject.cfg.width, "int8"))
     assert (back.dtype, back.values) == ("f32", messages * subject.cfg.width)

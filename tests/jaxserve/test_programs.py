@@ -60,10 +60,13 @@ def test_the_smallest_step_and_a_single_slot_have_shapes():
 
 
 class Lowered:
-    """What `lower` gives: notes that it is compiled."""
+    """A program that is not traced, and notes when it is compiled."""
 
     def __init__(self, shape, log: list):
         self._shape, self._log = shape, log
+
+    def lower(self) -> "Lowered":
+        return self
 
     def compile(self, options: dict | None) -> str:
         assert options == OPTIONS["cpu"]
@@ -84,10 +87,10 @@ def test_each_shape_is_compiled_once_and_what_comes_late_is_counted():
 
 
 def test_what_can_not_be_compiled_says_so_and_is_tried_again():
-    def lower(shape):
+    def call(shape):
         raise ValueError(f"no program of {shape}")
 
-    programs = Programs(lower)
+    programs = Programs(call)
     for _ in range(2):
         with pytest.raises(ValueError, match="no program of 3"):
             programs[3]

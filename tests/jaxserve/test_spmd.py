@@ -20,7 +20,7 @@ def subject():
 
 def test_decode_meets_in_two_exchanges_a_mixture_and_nowhere_else(subject):
     shape = MESH_SHAPES.decode[0]
-    compiled = subject._lower(shape).compile()
+    compiled = subject._call(shape).lower().compile()
     assert kinds(compiled) == {"all-to-all": 2 * len(mixtures(subject._model))}
     rows = 8 * capacity(shape, subject.cfg.experts.per_token, slots_per_rank=2)
     there, back = collectives(compiled)[:2]
@@ -33,15 +33,15 @@ def test_prefill_also_gathers_latents_and_exchanges_heads_and_brings_the_last_st
     layers, experts = subject.cfg.layers, len(mixtures(subject._model))
     wanted = {"all-gather": layers, "all-to-all": layers + 2 * experts, "all-reduce": layers * bool(shape.past)}
     wanted = {kind: count for kind, count in wanted.items() if count} | {"reduce-scatter": 1}
-    assert kinds(subject._lower(shape).compile()) == wanted
+    assert kinds(subject._call(shape).lower().compile()) == wanted
 
 
 def test_a_sequence_is_marked_without_asking_other_ranks(subject):
-    assert kinds(subject._lower(mark).compile()) == {}
+    assert kinds(subject._call(mark).lower().compile()) == {}
 
 
 def test_experts_move_by_one_collective_a_matrix(subject):
-    assert set(kinds(subject._lower(move).compile())) == {"all-reduce"}
+    assert set(kinds(subject._call(move).lower().compile())) == {"all-reduce"}
 
 
 def test_what_belongs_to_sequences_is_split_and_what_all_need_is_on_all(subject):

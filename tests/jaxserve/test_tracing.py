@@ -55,7 +55,7 @@ def test_the_collectives_of_a_traced_step_are_those_of_the_compiled_program(subj
     found: Counter = Counter()
     for one, count in collectives(program.jaxpr, {"node": 4, "die": 2}).items():
         found[as_compiled(one)] += count
-    compiled = Counter(conftest.collectives(subject._lower(shape).compile()))
+    compiled = Counter(conftest.collectives(subject._call(shape).lower().compile()))
     assert without_sums(found) == without_sums(compiled)
     assert values_of_sums(found) == values_of_sums(compiled)
 
@@ -81,7 +81,7 @@ def test_ranks_that_only_prefill_choose_and_guess_the_same_with_their_heads_alon
         ranks.step()  # launches the prompts
         if rules is PREFILL:
             with pytest.raises(ShardingError, match="1 of 8 heads, as PREFILL places them; decode needs all"):
-                ranks._lower(MESH_SHAPES.decode[0])
+                ranks._call(MESH_SHAPES.decode[0]).trace()
         chosen = ranks._ongoing.prefilled.chosen
         found.append((np.asarray(chosen.tokens_sw), np.asarray(chosen.drafts_sk), np.asarray(chosen.count_s)))
     for all_heads, own_heads in zip(*found, strict=True):
