@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from jaxserve.parallel.sharding import Param, Rules, place, quantized, shardings
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are in place and those there are in all."""
+ALIGNMENT = 64
+"""Bytes; where arrays begin at a multiple, XLA's CPU backend uses them as they are."""
 Part = Callable[[Model], Any]
 """Picks a part of a tree that is built as the model: a layer, say."""
 
@@ -86,23 +88,35 @@ class Checkpoint:
 
     def _array(self, source: Source, param: Param, where: Any) -> jax.Array:
         if where is None:
-            return jnp.asarray(self._read(source, param, (slice(None),) * len(param.shape)))
+            return jax.device_put(self._read(source, param, (slice(None),) * len(param.shape)))
         return jax.make_array_from_callback(param.shape, where, lambda i: self._read(source, param, i or ()))
 
     def _read(self, source: Source, param: Param, index: tuple[slice, ...]) -> np.ndarray:
         """The part `index` of a weight; of floats in the file, only the bytes of that part are read."""
         names, index = (source.names[index[0]], index[1:]) if source.stacked and index else (source.names, index)
         values = (self._values(source, name, param.dtype) for name in names)
-        parts = [each.reshape(source.view)[source.cut][index].astype(param.dtype) for each in values]
-        spoiled = [name for name, part in zip(names, parts, strict=True) if not np.isfinite(part).all()]
+        whole = _filled((each.reshape(source.view)[source.cut][index] for each in values), len(names), param.dtype)
+        spoiled = [name for name, part in zip(names, whole, strict=True) if not np.isfinite(part).all()]
         if spoiled:
             raise not_finite(spoiled, param.dtype, self.tensors.folder)
-        return np.stack(parts) if source.stacked else np.ascontiguousarray(parts[0])
+        return whole if source.stacked else whole[0]
 
     def _values(self, source: Source, name: str, dtype: Any) -> np.ndarray:
         if isinstance(source, Scales):
             return self.tensors.scales(name, source.shape[1])
         return self.tensors.codes(name) if dtype == jnp.int8 else self.tensors.floats(name)
+
+
+def _filled(parts: Iterator[np.ndarray], count: int, dtype: Any) -> np.ndarray:
+    """So many parts of one shape in one array, each written once, where JAX can take it over without a copy."""
+    first, dtype = next(parts), np.dtype(dtype)
+    size = count * first.size * dtype.itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    whole = room[start : start + size].view(dtype).reshape(count, *first.shape)
+    for number, part in enumerate(chain([first], parts)):
+        whole[number] = part
+    return whole
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -110,7 +110,7 @@ class Engine:
             dtype=model.embed.dtype,
             payload=self._ranks.payload,
             int8=is_int8(model),
-            weights=_checksum(model),
+            weights=_checksum(model) if self._together.many else None,
             **{"end tokens": sorted(tokenizer.eos_ids), "jax": jax.__version__, "jaxserve": __version__},
         )
         self._model = model if mesh else jax.device_put(model, jax.local_devices()[0])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from jaxserve.origins import Options, lowered_origin, origin
+from jaxserve.origins import Options, devices_of, lowered_origin, origin
 from jaxserve.spmd import Call
 
 LIMIT = 2**32
@@ -59,11 +59,11 @@ class Executables:
         return compiled
 
     def _load(self, name: str, call: Call) -> Any | None:
-        devices, data = call.mesh.devices.flat if call.mesh else jax.local_devices()[:1], self._read(name)
+        data = self._read(name)
         if data is None:
             return None
         try:
-            return deserialize_and_load(*pickle.loads(zlib.decompress(data)), execution_devices=list(devices))
+            return deserialize_and_load(*pickle.loads(zlib.decompress(data)), execution_devices=devices_of(call))
         except Exception:  # of whatever kind: this is what another process has written
             self._drop(name)
             return None
@@ -158,9 +158,9 @@ def _events() -> threading.local:
     """What JAX has told of its cache, by thread."""
     events = threading.local()
 
-    def note(name: str, **_: Any) -> None:
-        if name.startswith("/jax/compilation_cache/"):
-            setattr(events, name.rsplit("/", 1)[-1], True)
+    def note(event: str, **_: Any) -> None:
+        if event.startswith("/jax/compilation_cache/"):
+            setattr(events, event.rsplit("/", 1)[-1], True)
 
     jax.monitoring.register_event_listener(note)
     return events

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxserve import __version__
 from jaxserve.spmd import Call
@@ -36,17 +37,22 @@ def lowered_origin(call: Call, lowered: Any, options: Options) -> str:
     return digest(surroundings(options), describe(call), lowered.as_text())
 
 
+def devices_of(call: Call) -> list[Any]:
+    """On which the program runs, in the order of its ranks."""
+    return list(call.mesh.devices.flat) if isinstance(call.mesh, Mesh) else jax.local_devices()[:1]
+
+
 def describe(call: Call) -> str:
     """Which program it is, on which devices, for arrays of which shapes, and where they lie."""
     leaves, tree = jax.tree.flatten(call.given)
-    devices = [device.id for device in call.mesh.devices.flat] if call.mesh else None
+    devices = [device.id for device in devices_of(call)]
     arrays = [(x.shape, x.dtype, x.weak_type, x.committed, x.sharding) for x in leaves]
-    return repr((call.program.__module__, call.program.__name__, devices, call.ranks, tree, arrays))
+    return repr((call.program.__module__, call.program.__name__, call.mesh, devices, call.ranks, tree, arrays))
 
 
 def surroundings(options: Options) -> str:
     """Versions, the machine, and what is set for JAX and XLA."""
-    versions = __version__, sys.version, jax.__version__, jaxlib.__version__, np.__version__
+    versions = __version__, sys.version, jax.__version__, version("jaxlib"), np.__version__
     device = jax.local_devices()[0]
     devices = device.device_kind, device.client.platform_version, jax.device_count()
     config = {name: value for name, value in jax.config.values.items() if "cache" not in name}

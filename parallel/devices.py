@@ -49,7 +49,7 @@ class Devices:
         """What the function gives, made where its parts belong: the first axis of each array over all ranks."""
         if isinstance(self.mesh, AbstractMesh):
             return self._send(jax.eval_shape(function), self._split)
-        return function() if self.mesh is None else jax.jit(function, out_shardings=self._split)()
+        return jax.jit(function, out_shardings=self._split)()  # one program, however many arrays
 
     def fetch(self, tree: Any) -> Any:
         """What this process's ranks have of each array, on the host."""

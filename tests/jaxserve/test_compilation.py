@@ -3,7 +3,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxserve.compilation import OVERLAP, enable_cache
+from jaxserve.compilation import OVERLAP, enable_cache, executables_folder
 
 OPTIONS = (
     "jax_compilation_cache_dir",
@@ -62,6 +62,23 @@ def test_the_choice_made_for_jax_is_left(tmp_path, monkeypatch):
     jax.config.update("jax_enable_compilation_cache", False)
     assert enable_cache() is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_executables_are_kept_in_the_folder_of_the_cache_where_that_is_in_use():
+    assert executables_folder() is None
+    jax.config.update("jax_compilation_cache_dir", "/chosen")
+    assert executables_folder() == Path("/chosen/executables")
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert executables_folder() is None
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    assert executables_folder() is None
+
+
+def test_processes_that_share_a_mesh_keep_no_executables(monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", "/chosen")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert executables_folder() is None
 
 
 def test_xla_knows_the_options_for_gpus():

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def entries(folder: Path) -> list[Path]:
 
 def test_what_one_has_compiled_another_loads_and_it_takes_over_what_is_donated(folder):
     compile_new(Executables(folder), call())
-    program = Executables(folder).load(call(), OPTIONS)
+    program: Any = Executables(folder).load(call(), OPTIONS)
     given = call().given
     np.testing.assert_allclose(program(*given), EXPECTED, rtol=1e-6)
     assert [x.is_deleted() for x in given] == [True, False]
@@ -72,9 +73,9 @@ print(len(lowered), llm.engine.counters.compiled, llm.engine.counters.late_compi
 """
 
 
-def start(model: Path, cache: Path, **environment: str) -> list[int]:
+def start(model: Path, cache: Path) -> list[int]:
     """A process that loads a model and generates: programs lowered, compiled, compiled late, and tokens."""
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)} | environment
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     ended = subprocess.run(
         [sys.executable, "-c", CHILD, str(model)], env=environment, capture_output=True, text=True, check=True
     )
@@ -85,21 +86,9 @@ def test_a_model_s_second_start_lowers_nothing_and_gives_the_same_tokens(tiny_fo
     lowered, compiled, late, *tokens = start(tiny_folder, tmp_path)
     assert (lowered, late, len(tokens)) == (compiled, 0, 4)
     assert start(tiny_folder, tmp_path) == [0, compiled, 0, *tokens]
-    assert start(tiny_folder, tmp_path, XLA_FLAGS="--xla_cpu_enable_fast_math=false") == [
-        compiled,
-        compiled,
-        0,
-        *tokens,
-    ]
     for file in entries(tmp_path / "jaxserve" / "jax" / "executables"):
         file.write_bytes(b"damaged")
     assert start(tiny_folder, tmp_path) == [compiled, compiled, 0, *tokens]
-
-
-def test_nothing_is_kept_where_jax_s_cache_is_off(tiny_folder, tmp_path):
-    lowered, compiled, *_ = start(tiny_folder, tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
-    assert lowered == compiled
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", [b"", b"short", None])
@@ -214,7 +203,8 @@ def test_programs_of_a_mesh_are_loaded_for_its_devices(folder):
     which = Call(mark, mesh, Ranks(), (slots, *Packer(0, 7, 2, devices).marks()))
     wanted = jax.device_get(which.lower().compile()(devices.make(lambda: empty(16, 0, 7)), *which.given[1:]))
     compile_new(Executables(folder), which)
-    found = Executables(folder).load(which, OPTIONS)(*which.given)
+    program: Any = Executables(folder).load(which, OPTIONS)
+    found = program(*which.given)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
     assert Executables(folder).load(which._replace(mesh=None), OPTIONS) is None
 
