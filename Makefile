@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help generate test lint check-types pytest format clean
+.PHONY: help generate test lint check-types pytest smoke format clean
 
 PYTHON ?=
 PROMPT ?= def quicksort(items):
@@ -32,6 +32,9 @@ check-types: .venv/.dev  ## Check types with pyright
 
 pytest: .venv/.dev  ## Run the tests in WORKERS=2 processes (ARGS="-k pages" picks some)
 	@$(bin)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+smoke: .venv/.dev  ## See whether what was made fast still is, by ratios within one run (a minute)
+	@$(bin)/python -m benchmarks.smoke
 
 format: .venv/.dev  ## Format, and mend what ruff can mend
 	@$(bin)/ruff check --fix .

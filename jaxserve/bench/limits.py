@@ -87,8 +87,8 @@ def peak(dtype: Any, turns: int) -> float:
 
 
 def fastest(run: Callable[..., Any], *given: Any, turns: int) -> float:
-    """Seconds of the fastest of so many turns, after one that compiles, as the engine compiles its programs."""
-    run = jax.jit(run, compiler_options=OPTIONS.get(jax.default_backend()))
+    """Seconds of the fastest of so many turns, after one that compiles."""
+    run = compiled(run)
     jax.block_until_ready(run(*given))
     found = []
     for _ in range(turns):
@@ -96,3 +96,8 @@ def fastest(run: Callable[..., Any], *given: Any, turns: int) -> float:
         jax.block_until_ready(run(*given))
         found.append(time.perf_counter() - began)
     return min(found)
+
+
+def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as the engine compiles its programs, when it is first called."""
+    return jax.jit(run, compiler_options=OPTIONS.get(jax.default_backend()))

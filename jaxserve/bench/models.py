@@ -131,9 +131,7 @@ def load(name: str, form: Form = "int8", dtype: str = "auto", progress: Progress
     """
     kind = jnp.dtype(_floats(dtype) if form == "int8" else form)
     if name in MODELS:
-        cfg = Config.from_hf(MODELS[name])
-        params = describe(cfg, form, kind)
-        return Subject(name, form, cfg, params, draw(params, progress=progress), padded_tokenizer(cfg.vocab_size))
+        return random(name, MODELS[name], form, kind, progress)
     folder = locate(name)
     checkpoint, tokenizer = open_checkpoint(folder), Tokenizer.from_folder(folder)
     params = checkpoint.params(kind, form == "int8")
@@ -142,6 +140,13 @@ def load(name: str, form: Form = "int8", dtype: str = "auto", progress: Progress
         raise RequestError(f"--form {form}: {name} is INT8 in its files; leave --form out")
     weights = checkpoint.read(dtype=kind, int8=form == "int8", progress=progress)
     return Subject(name, form, checkpoint.cfg, params, weights, tokenizer)
+
+
+def random(name: str, raw: dict[str, Any], form: Form, dtype: Any, progress: Progress | None = None) -> Subject:
+    """A model with random weights, of what stands in its `config.json`; `dtype` is that of what isn't INT8."""
+    cfg = Config.from_hf(raw)
+    params = describe(cfg, form, jnp.dtype(dtype))
+    return Subject(name, form, cfg, params, draw(params, progress=progress), padded_tokenizer(cfg.vocab_size))
 
 
 def _floats(dtype: str) -> Any:

@@ -145,7 +145,7 @@ def filling(
     seconds, layers, visited = [], sum(subject.cfg.is_moe), 0
     for prompt in prompts(subject.cfg, [tokens] * (1 + repetitions), tokens):
         before, began = server.expert_load(), time.perf_counter()
-        _answer(server, [prompt], [1])
+        answer(server, [prompt], [1])
         seconds.append(time.perf_counter() - began)
         visited = int((server.expert_load() - before)[:layers].astype(bool).sum())
     return Filling(tokens, seconds[1:], visited)
@@ -161,13 +161,13 @@ def serving(
     seconds = []
     for number in range(1 + repetitions):
         asked, began = prompts(subject.cfg, sizes, number), time.perf_counter()
-        _answer(server, asked, outputs)
+        answer(server, asked, outputs)
         seconds.append(time.perf_counter() - began)
     return Serving(len(asks), sum(sizes), sum(outputs), seconds[1:])
 
 
-def _answer(server: Engine, asked: Sequence[Prompt], tokens: Sequence[int]) -> None:
-    """Answers to the end."""
+def answer(server: Engine, asked: Sequence[Prompt], tokens: Sequence[int]) -> None:
+    """Answers all prompts to the end, each by so many tokens."""
     said = {str(number): 0 for number in range(len(asked))}
     for name, prompt, count in zip(said, asked, tokens, strict=True):
         server.add(_request(name, prompt, count))
