@@ -34,8 +34,13 @@ def percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 def milliseconds(seconds: Sequence[float]) -> tuple[str, str]:
     """The median, and the spread."""
-    middle, low, high = (f"{1000 * value:,.{2 if value < 0.01 else 1}f}" for value in percentiles(seconds))
+    middle, low, high = (short(1000 * value) for value in percentiles(seconds))
     return middle, f"{low}-{high}"
+
+
+def short(value: float) -> str:
+    """A number in few digits, so that rows of many fit into a narrow terminal."""
+    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 
 def head(name: str, *columns: str) -> tuple[str, ...]:
@@ -45,7 +50,7 @@ def head(name: str, *columns: str) -> tuple[str, ...]:
 
 def row(point: Point, limits: Limits, *columns: str) -> tuple[str, ...]:
     """A point's time, what it costs at least, its share of the roofline, and what that is made of."""
-    cost = f"{point.cost.bytes / 1e6:,.4g}", f"{sum(point.cost.operations.values()) / 1e9:,.3g}"
+    cost = short(point.cost.bytes / 1e6), short(sum(point.cost.operations.values()) / 1e9)
     share = f"{point.share(limits):.1%}", bound(point.cost, limits)
     return point.name, *milliseconds(point.seconds), *columns, *cost, *share
 
@@ -53,7 +58,7 @@ def row(point: Point, limits: Limits, *columns: str) -> tuple[str, ...]:
 def limit_line(limits: Limits) -> str:
     """The machine's limits, in a line."""
     peaks = ", ".join(f"{kind} {value / 1e9:,.0f}" for kind, value in limits.peaks.items())
-    return f"this machine reads {limits.bandwidth / 1e9:,.1f} GB/s, and computes, in GFLOP/s: {peaks}"
+    return f"this machine reads {limits.bandwidth / 1e9:,.1f} GB/s; GFLOP/s: {peaks}"
 
 
 def as_json(point: Point, limits: Limits) -> dict[str, Any]:

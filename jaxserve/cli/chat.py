@@ -68,7 +68,7 @@ def chat(
 
     jaxserve chat --url http://127.0.0.1:8000 --system "Answer in one sentence."
 
-    echo "What is a supernode?" | jaxserve chat -m Qwen/Qwen3-0.6B --temperature 0
+    echo "What is JAX?" | jaxserve chat -m Qwen/Qwen3-0.6B --temperature 0
     """
     conversation = Conversation(read_messages(load) if load else ())
     if system:

@@ -47,7 +47,9 @@ def evaluate(
 
     jaxserve eval path/to/model --quantization int8 --against path/to/model
 
-    jaxserve eval --out float.json; jaxserve eval --quantization int8 --against float.json
+    jaxserve eval --out float.json
+
+    jaxserve eval --quantization int8 --against float.json
 
     jaxserve eval Qwen/Qwen3-0.6B --url http://127.0.0.1:8000 --limit 50
     """

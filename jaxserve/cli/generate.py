@@ -57,11 +57,13 @@ def generate(
 
     jaxserve generate "def quicksort(items):"
 
-    jaxserve generate -m Qwen/Qwen3-0.6B --temperature 0.7 --top-p 0.9 "The supernode"
+    jaxserve generate -m Qwen/Qwen3-0.6B --temperature 0.7 "The supernode"
 
     jaxserve generate --mesh 2x4 "def quicksort(items):"
 
-    jaxserve generate --mesh 2x4 --coordinator localhost:7000 --num-processes 2 --process-id 0 "def quicksort(items):"
+    \b
+    jaxserve generate --mesh 2x4 --coordinator localhost:7000 \\
+        --num-processes 2 --process-id 0 "def quicksort(items):"
     """
     seed, stop = secrets.randbelow(2**32) if seed is None else seed, stop or []
     params = SamplingParams(

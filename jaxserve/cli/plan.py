@@ -51,10 +51,14 @@ def plan(
 
     jaxserve plan --mesh 2x4
 
-    jaxserve plan deepseek-ai/DeepSeek-V3 --mesh 20x16 --machine cloudmatrix384-dies --max-num-seqs 96
-    --num-shared-expert-ranks 32 --num-redundant-experts 32
+    \b
+    jaxserve plan deepseek-ai/DeepSeek-V3 --mesh 20x16 \\
+        --machine cloudmatrix384-dies --max-num-seqs 96 \\
+        --num-shared-expert-ranks 32 --num-redundant-experts 32
 
-    jaxserve plan deepseek-ai/DeepSeek-V3 --mesh 2x16 --phase prefill --max-num-batched-tokens 16384
+    \b
+    jaxserve plan deepseek-ai/DeepSeek-V3 --mesh 2x16 --phase prefill \\
+        --max-num-batched-tokens 16384
     """
     from jaxserve import account as accounts
     from jaxserve.checkpoints.hf import read_json

@@ -36,7 +36,9 @@ def quantize(
 
     jaxserve quantize embedded model-int8
 
-    jaxserve quantize Qwen/Qwen3-0.6B qwen3-int8 --text my-prompts.txt --without compensation
+    \b
+    jaxserve quantize Qwen/Qwen3-0.6B qwen3-int8 --text my-prompts.txt \\
+        --without compensation
     """
     from jaxserve import quantization
 

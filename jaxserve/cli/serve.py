@@ -103,9 +103,13 @@ def serve(
 
     jaxserve serve
 
-    jaxserve serve Qwen/Qwen3-0.6B --quantization int8 --host 0.0.0.0 --api-key "$KEY"
+    \b
+    jaxserve serve Qwen/Qwen3-0.6B --quantization int8 \\
+        --host 0.0.0.0 --api-key "$KEY"
 
-    curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "def quicksort(items):"}'
+    \b
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "def quicksort(items):"}'
 
     jaxserve serve --mesh 2x4 --max-num-seqs 4
     """

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import jaxserve
 from jaxserve.checkpoints.hub import EMBEDDED
+from jaxserve.cli.main import app
 from tests.jaxserve.conftest import GOLDENS, word_tokenizer
 
 MAIN = "from jaxserve.cli.main import main; "
@@ -262,6 +264,17 @@ def test_options_are_shown_whole_on_a_narrow_terminal():
     shown = run("generate", "--help", COLUMNS="40").stdout
     for option in ("--model", "--max-tokens", "--temperature", "--max-model-len"):
         assert option in shown
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "quantize", "plan", "eval", "bench serve"])
+def test_examples_are_shown_as_they_are_written_on_eighty_columns(command):
+    group = typer.main.get_command(app)
+    for name in command.split():
+        group = group.commands[name]
+    examples = [line for line in group.callback.__doc__.splitlines() if line.startswith((" " * 8, "    jaxserve "))]
+    shown = run(*command.split(), "--help", COLUMNS="80").stdout.splitlines()
+    assert examples
+    assert {line.strip() for line in examples} <= {line.strip() for line in shown}
 
 
 def test_without_a_command_help_is_shown():

@@ -48,7 +48,7 @@ def decode(
     that some token of the batch visits (counted), and the cache; or the time of all products, if that is longer.
     """
     from jaxserve.bench import runs
-    from jaxserve.bench.roofline import as_json, head, row
+    from jaxserve.bench.roofline import as_json, head, row, short
 
     check_outputs(out, plot)
     batches, found = numbers("--batch", batch), []
@@ -61,7 +61,7 @@ def decode(
     rows = []
     for each, point in zip(found, points, strict=True):
         experts = (f"{each.visited:,.0f}",) if setting.subject.cfg.experts else ()
-        rows.append(row(point, setting.limits, f"{each.batch / point.median:,.1f}", *experts))
+        rows.append(row(point, setting.limits, short(each.batch / point.median), *experts))
     experts = ("experts",) if setting.subject.cfg.experts else ()
     print_table(
         f"{title(setting.subject)}, decoding after {tokens} tokens", rows, "right", head("batch", "tokens/s", *experts)

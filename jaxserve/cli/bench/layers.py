@@ -87,14 +87,14 @@ def _measure(
 def _print(setting: Setting, what: str, parts: "list[Point]", step: list[float]) -> None:
     import numpy as np
 
-    from jaxserve.bench.roofline import head, milliseconds, row
+    from jaxserve.bench.roofline import head, milliseconds, row, short
 
     whole = float(np.median(step))
     rows = [row(part, setting.limits, f"{part.median / whole:.1%}") for part in parts]
     rest = whole - sum(part.median for part in parts)
-    rows.append(("the rest", f"{1000 * rest:,.2f}", "", f"{rest / whole:.1%}"))
+    rows.append(("the rest", short(1000 * rest), "", f"{rest / whole:.1%}"))
     rows.append(("the step", *milliseconds(step), "100%"))
-    print_table(f"{title(setting.subject)}, {what}", rows, "right", head("", "of the step"))
+    print_table(f"{title(setting.subject)}, {what}", rows, "right", head("", "of step"))
 
 
 def _as_json(setting: Setting, parts: "list[Point]") -> dict[str, Any]:

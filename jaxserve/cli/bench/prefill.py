@@ -42,7 +42,7 @@ def prefill(
     """
     from jaxserve.bench import runs
     from jaxserve.bench.costs import Phase
-    from jaxserve.bench.roofline import Point, as_json, head, row
+    from jaxserve.bench.roofline import Point, as_json, head, row, short
 
     check_outputs(out, plot)
     lengths, found = numbers("--prompt-tokens", prompt_tokens), []
@@ -52,7 +52,7 @@ def prefill(
             tell("measuring", done, len(lengths))
             found.append(runs.filling(setting.subject, length, repetitions, max_num_batched_tokens, kv_cache_dtype))
     points = [Point(str(f.tokens), f.seconds, setting.cost(Phase.prompt(f.tokens, f.visited))) for f in found]
-    speeds = (f"{f.tokens / point.median:,.1f}" for f, point in zip(found, points, strict=True))
+    speeds = (short(f.tokens / point.median) for f, point in zip(found, points, strict=True))
     rows = [row(point, setting.limits, speed) for point, speed in zip(points, speeds, strict=True)]
     print_table(f"{title(setting.subject)}, prefill", rows, "right", head("tokens", "tokens/s"))
     show_limits(setting)

@@ -62,9 +62,13 @@ def serve(
 
     jaxserve bench serve --requests 200 --concurrency 16
 
-    jaxserve bench serve --rate 4 --prompt-tokens 64-512 --prefix-tokens 256 --goodput ttft:500 --goodput itl:50
+    \b
+    jaxserve bench serve --rate 4 --prompt-tokens 64-512 --prefix-tokens 256 \\
+        --goodput ttft:500 --goodput itl:50
 
-    jaxserve bench serve --url http://gpu:8000 --trace requests.jsonl --out load.json --plot load.png
+    \b
+    jaxserve bench serve --url http://gpu:8000 --trace requests.jsonl \\
+        --out load.json --plot load.png
     """
     import asyncio
 

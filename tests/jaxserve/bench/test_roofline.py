@@ -21,10 +21,24 @@ def test_a_share_is_that_of_the_median():
 def test_a_row_has_what_its_head_says():
     row = roofline.row(READ, LIMITS, "800.0")
     assert dict(zip(roofline.head("batch", "tokens/s"), row, strict=True)) == {
-        "batch": "16", "ms": "20.0", "p10-p90": "12.0-36.0", "tokens/s": "800.0", "MB": "100", "GFLOP": "1",
+        "batch": "16", "ms": "20.0", "p10-p90": "12.0-36.0", "tokens/s": "800.0", "MB": "100", "GFLOP": "1.00",
         "roofline": "50.0%", "limit": "memory",
     }  # fmt: skip
     assert roofline.row(MULTIPLIED, LIMITS)[-1] == "compute"
+
+
+def test_rows_fit_into_eighty_columns():
+    slow = Point("shared expert", [9.8765, 0.1, 9.9], Cost(9.8765e10, {"float32": 9.8e12}))
+    rows = roofline.row(READ, LIMITS, "100.0%"), roofline.row(slow, LIMITS, "100.0%"), roofline.head("", "of step")
+    assert sum(2 + max(map(len, column)) for column in zip(*rows, strict=True)) <= 80
+    assert len(roofline.limit_line(LIMITS)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(12345.6, "12,346"), (99.04, "99.0"), (-4.981, "-4.98"), (0.0771, "0.08"), (0, "0.00")]
+)
+def test_numbers_have_few_digits(value, said):
+    assert roofline.short(value) == said
 
 
 def test_all_numbers_are_kept():
