@@ -158,14 +158,15 @@ def mix_experts(
     expert each, one after another: work in proportion to the tokens. "rows", for experts in INT8 on CPU, runs each
     token by itself. None chooses by their cost; it helps to know that most choices are none (`sparse`).
     """
-    plans = {"dense": _mix_dense, "rooms": _mix_rooms, "blocks": _mix_blocks, "rows": _mix_rows}
+    plans = {"dense": _dense, "rooms": _rooms, "blocks": _blocks, "rows": _rows}
     if implementation is None:
         by_rows = all(map(multiplies_rows, p))
         implementation = _cheaper(*routing.experts_tk.shape, p.w_gate.shape[0], by_rows, sparse)
     if implementation not in plans:
         raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
     dtype = dtype or x_td.dtype
-    return plans[implementation](p, _rounded_once(p, x_td), routing, dtype)
+    y_tkd = plans[implementation](p, _rounded_once(p, x_td), routing.experts_tk, dtype)
+    return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
 
 
 def mix_spread_experts(
@@ -219,15 +220,17 @@ def _cheaper(t: int, k: int, experts: int, by_rows: bool, sparse: bool) -> str:
     return "rooms" if room(t, k, experts) < t else "dense"
 
 
-def _mix_dense(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
+# What each plan gives is `[t, k, d]`: what each token gets from each of its experts, not yet weighted.
+
+
+def _dense(p: Mlp, x_td: Leaf, experts_tk: Array, dtype: Any) -> Array:
     gate_etf, up_etf = (einsum("td,efd->etf", two_rows(x_td), w, dtype) for w in (p.w_gate, p.w_up))
     y_etd = einsum("etf,edf->etd", jax.nn.silu(gate_etf) * up_etf, p.w_down)
-    y_tkd = y_etd[routing.experts_tk, jnp.arange(x_td.shape[0])[:, None]]
-    return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+    return y_etd[experts_tk, jnp.arange(x_td.shape[0])[:, None]]
 
 
-def _mix_rooms(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
-    (t, k), experts, flat = routing.experts_tk.shape, p.w_gate.shape[0], routing.experts_tk.reshape(-1)
+def _rooms(p: Mlp, x_td: Leaf, experts_tk: Array, dtype: Any) -> Array:
+    (t, k), experts, flat = experts_tk.shape, p.w_gate.shape[0], experts_tk.reshape(-1)
     size = room(t, k, experts)
     place, load_e = rank_in_group(flat, experts)
     tokens_et = jnp.full((experts, size), t).at[flat, place].set(jnp.arange(t * k) // k, mode="drop")
@@ -235,16 +238,25 @@ def _mix_rooms(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
     gate_etf, up_etf = (einsum("etd,efd->etf", x_etd, w, dtype) for w in (p.w_gate, p.w_up))
     y_etd = einsum("etf,edf->etd", jax.nn.silu(gate_etf) * up_etf, p.w_down)
     y_tkd = y_etd.at[flat, place].get(mode="fill", fill_value=0).reshape(t, k, -1)
-    y_td = jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
-    count = t * k // min(size + 1, block_shape(t, k, experts)[0])  # of blocks, if as many as can be find no room
-    without_tk = jnp.where((place < size).reshape(t, k), experts, routing.experts_tk)
-    others = lambda: y_td + _mix_blocks(p, x_td, routing._replace(experts_tk=without_tk), dtype, count)  # noqa: E731
-    return jax.lax.cond((load_e > size).any(), others, lambda: y_td)
+
+    def with_others() -> Array:
+        others_tk = jnp.where((place < size).reshape(t, k), experts, experts_tk)
+        return y_tkd + _blocks(p, x_td, others_tk, dtype, blocks_beyond(t, k, experts))  # one of the two is 0
+
+    return jax.lax.cond((load_e > size).any(), with_others, lambda: y_tkd)
 
 
 def room(t: int, k: int, experts: int) -> int:
-    """Tokens of an expert that find room: a third more than its fair share, in whole tiles of a product; at most all."""
+    """Tokens of an expert that find room: a third more than its fair share, in whole tiles; at most all."""
     return min(t, -(-4 * t * k // (3 * experts * TILE)) * TILE)
+
+
+def blocks_beyond(t: int, k: int, experts: int) -> int:
+    """How many blocks hold the tokens that find no room, whatever the routing.
+
+    An expert has `n` of them only if it has more tokens than its room, and `n - 1` blocks.
+    """
+    return t * k // min(room(t, k, experts) + 1, block_shape(t, k, experts)[0])
 
 
 def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
@@ -256,11 +268,11 @@ def block_shape(t: int, k: int, experts: int) -> tuple[int, int]:
     return size, min(t * k, t * k // size + min(experts, t * k))
 
 
-def _mix_blocks(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any, count: int | None = None) -> Array:
-    (t, k), experts = routing.experts_tk.shape, p.w_gate.shape[0]
-    size, most = block_shape(t, k, experts)
-    count = count or most
-    row_tk, block_experts = assign_blocks(routing.experts_tk, experts, size, count)
+def _blocks(p: Mlp, x_td: Leaf, experts_tk: Array, dtype: Any, count: int | None = None) -> Array:
+    (t, k), experts = experts_tk.shape, p.w_gate.shape[0]
+    size, enough = block_shape(t, k, experts)
+    count = enough if count is None else count
+    row_tk, block_experts = assign_blocks(experts_tk, experts, size, count)
     tokens = jnp.full(count * size, t).at[row_tk].set(jnp.arange(t)[:, None], mode="drop").reshape(count, size)
     alone = size == 1 and not any(isinstance(w, QArray) for w in p)
 
@@ -275,12 +287,11 @@ def _mix_blocks(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any, count: int | N
         return jax.lax.cond(expert < experts, visit, lambda: jnp.zeros((size, x_td.shape[1]), dtype))
 
     rows = jax.lax.map(run, (tokens, block_experts)).reshape(count * size, -1)
-    y_tkd = jnp.take(rows, row_tk, axis=0, mode="clip")
-    return jnp.einsum("tkd,tk->td", y_tkd, routing.weights_tk.astype(y_tkd.dtype))
+    return jnp.take(rows, row_tk, axis=0, mode="fill", fill_value=0)
 
 
-def _mix_rows(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
-    (t, k), experts, flat = routing.experts_tk.shape, p.w_gate.shape[0], routing.experts_tk.reshape(-1)
+def _rows(p: Mlp, x_td: Leaf, experts_tk: Array, dtype: Any) -> Array:
+    (t, k), experts, flat = experts_tk.shape, p.w_gate.shape[0], experts_tk.reshape(-1)
     size = min(ROWS, t * k)
     order_i = jnp.pad(jnp.argsort(flat), (0, -flat.size % size), constant_values=flat.size)  # no expert comes last
 
@@ -294,8 +305,7 @@ def _mix_rows(p: Mlp, x_td: Leaf, routing: Routing, dtype: Any) -> Array:
         return y_id.at[jnp.where(experts_i < experts, chosen_i, flat.size)].set(found_id, mode="drop")
 
     count = -(-(flat < experts).sum() // size)
-    y_id = jax.lax.fori_loop(0, count, run, jnp.zeros((flat.size, x_td.shape[1]), dtype))
-    return jnp.einsum("tkd,tk->td", y_id.reshape(t, k, -1), routing.weights_tk.astype(dtype))
+    return jax.lax.fori_loop(0, count, run, jnp.zeros((flat.size, x_td.shape[1]), dtype)).reshape(t, k, -1)
 
 
 def _mlp_of_one(p: Mlp, x_d: Float[Array, " d"]) -> Float[Array, " d"]:

@@ -58,7 +58,7 @@ def visit(weights: tuple[Mlp, Mlp], x_td: jax.Array, slots_tk: jax.Array, weight
     own_i = jnp.minimum(came.slots_i, here - 1)
     sums_ixf = product("td,xfd->txf", came.rows_id.codes, experts.w_gate.codes)
     alone_i1 = Routing(came.slots_i[:, None], jnp.ones((len(own_i), 1)))
-    answers_id = mix_experts(experts, came.rows_id, alone_i1, dtype=x_td.dtype)
+    answers_id = mix_experts(experts, came.rows_id, alone_i1, dtype=x_td.dtype, sparse=True)
     found = {
         "codes": came.rows_id.codes,
         "scales": came.rows_id.scale,

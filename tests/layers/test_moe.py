@@ -17,11 +17,13 @@ from jaxserve.layers.moe import (
     Routing,
     assign_blocks,
     block_shape,
+    blocks_beyond,
     mix_experts,
     mlp,
     mlp_params,
     moe,
     moe_params,
+    room,
     route,
 )
 from jaxserve.parallel.qarray import QArray, dequantize, quantize_blocks, quantize_rows
@@ -141,11 +143,11 @@ def test_every_implementation_equals_a_loop_over_experts(rng, tokens, k, kind, i
 
 
 @pytest.mark.parametrize("implementation", ["dense", "rooms", "blocks"])
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_activations_of_bfloat16_keep_their_dtype(rng, tokens, implementation):
+@pytest.mark.parametrize(("tokens", "kind"), [(1, "random"), (9, "random"), (50, "all to the last")])
+def test_activations_of_bfloat16_keep_their_dtype(rng, tokens, kind, implementation):
     cfg, experts = experts_of(raw_config("deepseek_v3"))
     p = random_arrays(moe_params(cfg, experts, jnp.bfloat16), rng).experts
-    x, routing = normal(rng, tokens, cfg.width, dtype=jnp.bfloat16), routing_of("random", rng, tokens, 8, 3)
+    x, routing = normal(rng, tokens, cfg.width, dtype=jnp.bfloat16), routing_of(kind, rng, tokens, 8, 3)
     y = run_mix(p, x, routing, implementation=implementation)
     assert y.dtype == jnp.bfloat16
     assert_close(y, loop_over_experts(p, x, routing), 4, jnp.bfloat16)
@@ -206,6 +208,38 @@ def test_there_are_blocks_enough_for_the_worst_routing_and_few_more(t, k, expert
     assert worst <= count <= worst + visited // size + 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_int8_without_room_has_the_bits_of_every_other_plan(rng, dtype):
+    """The same sum, whatever others took the room."""
+    cfg, experts = experts_of(raw_config("deepseek_v3", hidden_size=64, moe_intermediate_size=32))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    p = Mlp(*(quantize_blocks(w, 1) for w in p))
+    chosen = np.stack([[7, *rng.permutation(7)[:2]] for _ in range(60)])  # more than expert 7 has room for
+    assert room(60, 3, 8) < 60
+    routing = Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((60, 3)), jnp.float32))
+    x = normal(rng, 60, cfg.width, dtype=dtype)
+    plans = "dense", "rooms", "blocks", "rows"
+    dense, *others = (np.asarray(run_mix(p, x, routing, implementation=plan)) for plan in plans)
+    for found in others:
+        np.testing.assert_array_equal(found, dense)
+
+
+@given(st.data())
+def test_what_finds_no_room_has_blocks_enough(data):
+    t, k, experts = data.draw(st.tuples(st.integers(1, 600), st.integers(1, 4), st.integers(4, 40)))
+    loads = data.draw(st.lists(st.integers(0, t), min_size=experts, max_size=experts))
+    while sum(loads) > t * k:
+        loads[int(np.argmax(loads))] -= min(max(loads), sum(loads) - t * k)
+    beyond = [max(0, load - room(t, k, experts)) for load in loads]
+    size, _ = block_shape(t, k, experts)
+    assert sum(-(-tokens // size) for tokens in beyond) <= blocks_beyond(t, k, experts)
+
+
+@pytest.mark.parametrize(("t", "k", "experts", "expected"), [(512, 6, 64, 64), (64, 6, 64, 16), (8, 6, 64, 8)])
+def test_rooms_are_a_third_larger_than_fair_shares_in_whole_tiles(t, k, experts, expected):
+    assert room(t, k, experts) == expected
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_the_layer_equals_the_reference(rng, name):
     p, cfg = router(ROUTERS[name], rng)
@@ -227,10 +261,11 @@ def test_padding_visits_no_expert_and_changes_no_other_token(rng, tokens):
     assert np.isfinite(y).all()
 
 
-def test_gradients_are_those_of_the_dense_plan(rng):
+@pytest.mark.parametrize("kind", ["random", "all to the last"])
+def test_gradients_are_those_of_the_dense_plan(rng, kind):
     cfg, experts = experts_of(raw_config("deepseek_v3"))
     p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
-    x, routing = normal(rng, 64, cfg.width), routing_of("random", rng, 64, 8, 3)
+    x, routing = normal(rng, 64, cfg.width), routing_of(kind, rng, 64, 8, 3)
     loss = lambda p, plan: (run_mix(p, x, routing, implementation=plan) ** 2).sum()  # noqa: E731
     *found, expected = (jax.grad(loss)(p, plan) for plan in ("blocks", "rooms", "dense"))
     for each in found:
