@@ -92,7 +92,7 @@ def pairs() -> Iterator[Pair]:
 def _row() -> Pair:
     w = draw(quantized(Param((32_768, 1024), ("f", "d"), jnp.float32)))
     product = _of(lambda x, w: einsum("td,fd->tf", x, w), _normal(1, 1024), w)
-    return Pair("a row by an INT8 matrix", product, "a sum of its bytes", _reading(w.codes.nbytes), 2.2)
+    return Pair("a row by an INT8 matrix", product, "a sum of its bytes", _reading(w.codes.nbytes), 2.1)
 
 
 def _experts(cfg: Config) -> Iterator[Pair]:
@@ -133,7 +133,7 @@ def _attention(cfg: Config) -> Iterator[Pair]:
 
     seen = 2048 * batch * (att.kv_rank + att.rope_dim) * 4
     yield Pair("attention to 100 tokens of 8,192", to(100, 8192 // PAGE), "of 128", to(100, 128 // PAGE), 1.8)
-    yield Pair("attention to 2,048 tokens", to(2048, 2048 // PAGE), "a sum of their bytes", _reading(seen), 9)
+    yield Pair("attention to 2,048 tokens", to(2048, 2048 // PAGE), "a sum of their bytes", _reading(seen), 8)
 
 
 def _rounds() -> Pair:
@@ -148,13 +148,13 @@ def _answers() -> Iterator[Pair]:
     subject, prompts = random("wide", WIDE, "int8", jnp.float32), itertools.count()
     engine, in_floats = _engine(subject, 4), _engine(random("wide", WIDE, "float32", jnp.float32), 4)
     one, four = (_asking(engine, prompts, [8] * count, [24] * count) for count in (1, 4))
-    yield Pair("an answer, INT8", one, "in float32", _asking(in_floats, prompts, [8], [24]), 0.6)
+    yield Pair("an answer, INT8", one, "in float32", _asking(in_floats, prompts, [8], [24]), 0.57)
     yield Pair("four answers together", four, "one", one, 3.6)
     prompt = _asking(engine, prompts, [512], [1])
     yield Pair("a prompt of 512", prompt, "products as large", _products(subject, 512), 8)
     (known,) = runs.prompts(subject.cfg, [960], next(prompts))
     again = _asking(engine, prompts, [64], [1], known)
-    yield Pair("a prompt of 1,024, 960 known", again, "a new one", _asking(engine, prompts, [1024], [1]), 0.45)
+    yield Pair("a prompt of 1,024, 960 known", again, "a new one", _asking(engine, prompts, [1024], [1]), 0.4)
 
 
 def _engine(subject: Subject, answers: int) -> Engine:

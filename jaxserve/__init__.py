@@ -1,6 +1,7 @@
 """jaxserve: large mixture-of-experts language models, served with JAX."""
 
 import importlib as _importlib
+import time as _time
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from jaxserve.parallel.errors import CheckpointError, ConfigError, JaxserveError, RequestError, ShardingError
@@ -28,6 +29,9 @@ __all__ = [
     "StructuredOutputs",
     "__version__",
 ]
+
+_BEGAN = _time.time()
+"""When this package was loaded, in seconds since 1970: source that is newer isn't what runs."""
 
 _WITH_JAX = {"LLM": "jaxserve.llm", "EngineConfig": "jaxserve.options"}
 

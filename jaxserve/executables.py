@@ -4,15 +4,17 @@ JAX's own cache is asked with a lowered program. Here it is asked with all that 
 source has changed, the lowered program says whether it is still the same.
 """
 
-import functools
 import hashlib
 import os
 import pickle
+import stat
 import sys
 import tempfile
 import threading
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,6 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from jaxserve.origins import Options, devices_of, lowered_origin, origin
-from jaxserve.spmd import Call
 
 LIMIT = 2**32
 """Bytes of all that is kept; what wasn't used for longest goes first."""
@@ -34,31 +35,31 @@ class Executables:
     """
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT):
-        self._folder, self._limit = folder if folder and _is_own(folder) else None, limit
+        self._folder, self._limit = folder if folder and _made_own(folder) else None, limit
 
-    def load(self, call: Any, options: Options) -> Any | None:
-        """The program as an earlier process has compiled it, if one has."""
-        name = origin(call, options) if self._folder else None
-        lowered = self._read(name) if name else None
+    def program(self, call: Any, options: Options) -> "Program":
+        """One that is to be loaded or compiled. What it comes from is told here: settings of this thread count."""
+        if self._folder is None:
+            return Program(call, options)
+        return Program(call, options, self, origin(call, options))
+
+    def find(self, call: Any, source: str) -> Any | None:
+        """The program of a source."""
+        lowered = self._read(source)
         return self._load(lowered.decode(), call) if lowered else None
 
-    def lower(self, call: Any) -> Any:
-        """The program lowered, to be compiled; then it is kept."""
-        return call.lower() if self._folder is None else Kept(call, call.lower(), self)
-
-    def compile(self, call: Call, lowered: Any, options: Options) -> Any:
+    def compile(self, call: Any, lowered: Any, options: Options, name: str, source: str | None) -> Any:
         """Gives a lowered program, and keeps it unless JAX had it in its own cache."""
-        name, by_source = lowered_origin(call, lowered, options), origin(call, options)
         compiled = self._load(name, call)
         if compiled is None:
             compiled, fresh = _compile(lowered, options)
             if not fresh or not self._keep(name, compiled):
                 return compiled
-        if by_source:
-            self._write(by_source, name.encode())
+        if source:
+            self._write(source, name.encode())
         return compiled
 
-    def _load(self, name: str, call: Call) -> Any | None:
+    def _load(self, name: str, call: Any) -> Any | None:
         data = self._read(name)
         if data is None:
             return None
@@ -92,9 +93,13 @@ class Executables:
         """All of it or nothing: others may be reading or writing the same."""
         with suppress(OSError):
             file, unfinished = tempfile.mkstemp(dir=self._folder)
-            with os.fdopen(file, "wb") as out:
-                out.write(hashlib.sha256(data).digest() + data)
-            path = Path(unfinished).replace(self._path(name))
+            try:
+                with os.fdopen(file, "wb") as out:
+                    out.write(hashlib.sha256(data).digest() + data)
+                path = Path(unfinished).replace(self._path(name))
+            except OSError:
+                Path(unfinished).unlink()
+                raise
             self._make_room(path.parent)
 
     def _make_room(self, folder: Path) -> None:
@@ -119,27 +124,42 @@ class Executables:
         return self._folder / name
 
 
-class Kept(NamedTuple):
-    """A lowered program that is kept when it is compiled."""
+class Program(NamedTuple):
+    """A program to be loaded or compiled, in any thread, and to be lowered, in the one that wants it."""
 
-    call: Call
-    lowered: Any
-    executables: Executables
+    call: Any  # is lowered; if it is to be kept, traced first, as a `spmd.Call`
+    options: Options
+    executables: Executables | None = None  # where it is kept, if it is
+    source: str | None = None  # what it comes from, if that can be told
 
-    def compile(self, options: Options = None) -> Any:
-        return self.executables.compile(self.call, self.lowered, options)
+    def load(self) -> Any | None:
+        """The program as an earlier process has compiled it, if one has."""
+        return self.executables.find(self.call, self.source) if self.executables and self.source else None
+
+    def lower(self) -> Callable[[], Any]:
+        """Lowers it, and gives what compiles it."""
+        if self.executables is None:
+            return partial(self.call.lower().compile, self.options)
+        traced = self.call.trace()
+        lowered, call, options = traced.lower(), self.call, self.options
+        name = lowered_origin(call, traced, lowered, options)
+        return partial(self.executables.compile, call, lowered, options, name, self.source)
 
 
-def _is_own(folder: Path) -> bool:
-    """Whether nobody else can write to the folder, which is made if there is none: what is loaded from it is run."""
+def _made_own(folder: Path) -> bool:
+    """Makes the folder if there is none; whether nobody else can write to it, or put another in its place.
+
+    What is loaded from it is run.
+    """
     if sys.platform == "win32":  # where rights aren't told by bits
         return False
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        found, around = folder.lstat(), folder.parent.stat()
     except OSError:
         return False
-    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+    replaceable = around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not replaceable
 
 
 def _compile(lowered: Any, options: Options) -> tuple[Any, bool]:
@@ -153,7 +173,7 @@ def _compile(lowered: Any, options: Options) -> tuple[Any, bool]:
     return compiled, "compile_requests_use_cache" in seen and "cache_hits" not in seen
 
 
-@functools.cache
+@cache
 def _events() -> threading.local:
     """What JAX has told of its cache, by thread."""
     events = threading.local()

@@ -1,13 +1,12 @@
 """All that a compiled program comes from, as far as it is known before the program is traced."""
 
-import functools
 import hashlib
 import os
 import platform
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve import __version__
+from jaxserve import _BEGAN, __version__
+from jaxserve.compilation import OVERLAP
 from jaxserve.spmd import Call
 
 Options = Mapping[str, Any] | None
 """XLA's, for a program."""
 
 SOURCE = Path(__file__).parent
-BEGAN = time.time()
 
 
 def origin(call: Call, options: Options) -> str | None:
     """A digest of the program's source, what it is for, and where it runs. None: it can't be told."""
-    found = source(SOURCE, BEGAN)
+    found = source(SOURCE, _BEGAN)
     return found and digest(found, surroundings(options), describe(call), repr(sorted(call.static.items())))
 
 
-def lowered_origin(call: Call, lowered: Any, options: Options) -> str:
-    """The same of a lowered program, which says what came of its source."""
-    return digest(surroundings(options), describe(call), lowered.as_text())
+def lowered_origin(call: Call, traced: Any, lowered: Any, options: Options) -> str:
+    """The same of a lowered program, which says what came of its source.
+
+    It doesn't say which arguments it takes, of those that it is given: what was traced does.
+    """
+    came = str(traced.jaxpr), str(lowered.out_tree), lowered.as_text()
+    return digest(surroundings(options), describe(call), *came)
 
 
 def devices_of(call: Call) -> list[Any]:
@@ -56,11 +59,13 @@ def surroundings(options: Options) -> str:
     device = jax.local_devices()[0]
     devices = device.device_kind, device.client.platform_version, jax.device_count()
     config = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    config |= {name: getattr(jax.config, name, value) for name, value in config.items()}  # as this thread has it
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    return repr((versions, processor(), devices, sorted(config.items()), flags, sorted((options or {}).items())))
+    told = versions, processor(), devices, sorted(config.items()), flags, jax.sharding.get_abstract_mesh()
+    return repr((*told, OVERLAP, sorted((options or {}).items())))
 
 
-@functools.cache
+@cache
 def processor() -> str:
     """What the host can do, for which XLA compiles; where it doesn't say that, which host it is."""
     with suppress(OSError):
@@ -70,12 +75,17 @@ def processor() -> str:
     return repr((platform.uname(), os.cpu_count()))
 
 
-@functools.cache
 def source(package: Path, began: float) -> str | None:
     """A digest of the files of which programs are traced. None: some have changed since, or aren't there."""
-    files = sorted(file for part in ("", "layers", "parallel") for file in (package / part).glob("*.py"))
-    if not files or max(file.stat().st_ctime for file in files) > began:
-        return None
+    parts = package.glob("*.py"), *((package / part).rglob("*.py") for part in ("layers", "parallel"))
+    files = tuple(sorted(file for part in parts for file in part))
+    newest = max((file.stat().st_ctime for file in files), default=None)
+    return _contents(package, files, newest) if newest is not None and newest <= began else None
+
+
+@lru_cache(1)
+def _contents(package: Path, files: tuple[Path, ...], newest: float) -> str:
+    """A digest of files, of which the last has changed then."""
     return digest(*(f"{file.relative_to(package)}\n{file.read_text('utf-8')}" for file in files))
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxserve.compilation import OPTIONS
-from jaxserve.executables import Executables
+from jaxserve.executables import Executables, Program
 
 Progress = Callable[[int, int], None]
 """Called with the number of programs that are compiled, and of those there are."""
@@ -90,7 +90,7 @@ class Shapes(NamedTuple):
 
 
 class Programs:
-    """Compiled programs by their shape; `call` says which it is, what that lowers to has this platform's options.
+    """Compiled programs by their shape; `call` says what is to be lowered for one, with this platform's options.
 
     Those that are kept as executables are loaded. What wasn't there beforehand is made when it is needed, and counted:
     its step waits for it.
@@ -111,24 +111,21 @@ class Programs:
         progress = progress or (lambda done, total: None)
         futures: dict[Any, Future] = {}
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            loaded = {shape: threads.submit(self._load, shape) for shape in shapes}
+            programs = {shape: self._program(shape) for shape in shapes}
+            loaded = {shape: threads.submit(program.load) for shape, program in programs.items()}
             for shape, future in loaded.items():
                 progress(sum(future.done() for future in futures.values()), len(shapes))
-                futures[shape] = (
-                    future if future.result() else threads.submit(self._lower(shape).compile, self._options)
-                )
+                futures[shape] = future if future.result() else threads.submit(programs[shape].lower())
             for done, (shape, future) in enumerate(futures.items(), start=1):
                 self._compiled[shape] = future.result()
                 progress(done, len(shapes))
 
     def __getitem__(self, shape: Any) -> Any:
         if shape not in self._compiled:
-            self._compiled[shape] = self._load(shape) or self._lower(shape).compile(self._options)
+            program = self._program(shape)
+            self._compiled[shape] = program.load() or program.lower()()
             self.late += 1
         return self._compiled[shape]
 
-    def _load(self, shape: Any) -> Any | None:
-        return self._executables.load(self._call(shape), self._options)
-
-    def _lower(self, shape: Any) -> Any:
-        return self._executables.lower(self._call(shape))
+    def _program(self, shape: Any) -> Program:
+        return self._executables.program(self._call(shape), self._options)

@@ -92,7 +92,8 @@ def run(load: Callable[[Job], Answerer], version: str) -> None:
     job = given._replace(batches=tuple(given.batches))
     _say(version=version)
     answer, last = load(job), None
-    answer(prompts(job, 1, job.prompt_tokens), 2, job.logprobs)  # what is long may be prepared when it first comes
+    another = prompts(job, 1, max(1, job.prompt_tokens - 1))  # that none of them is known in part
+    answer(another, 2, job.logprobs)  # what is for long ones may be prepared when the first comes
     for batch in job.batches:
         expected = 0.0 if last is None else last[1] * batch / last[0]
         if expected > job.patience:

@@ -202,7 +202,8 @@ class EngineCollector(Collector):
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Guesses that held, by place.", "position", places
         )
         compiled = {"warmup": c.compiled, "late": c.late_compiled}
-        yield self._split("jaxserve:compilations", "Programs; late ones made a step wait.", "when", compiled)
+        programs = "Programs compiled or loaded; late ones made a step wait."
+        yield self._split("jaxserve:compilations", programs, "when", compiled)
         seconds = {
             "schedule": c.schedule_seconds, "device": c.device_seconds, "read": c.read_seconds,
             "exposed": c.exposed_seconds,

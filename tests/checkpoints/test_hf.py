@@ -401,3 +401,13 @@ def test_an_int8_model_is_written_for_other_engines_and_comes_back(tmp_path, fam
     for name in codes:
         assert written[f"{name}_scale"].shape == (len(written[name]), 1)
         assert written[f"{name}_scale"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("count", [1, 3])
+def test_arrays_are_read_into_where_jax_uses_them(count, dtype):
+    parts = list(np.random.default_rng(0).integers(-9, 9, (count, 5, 7)))
+    whole = hf._filled(iter(parts), count, dtype)
+    assert whole.dtype == dtype
+    np.testing.assert_array_equal(whole.astype(np.int64), parts)
+    assert jax.device_put(whole).unsafe_buffer_pointer() == whole.ctypes.data

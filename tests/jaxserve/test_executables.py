@@ -44,8 +44,13 @@ def folder(tmp_path, monkeypatch):
 
 
 def compile_new(kept: Executables, which: Call, options=OPTIONS):
-    assert kept.load(which, options) is None
-    return kept.lower(which).compile(options)
+    program = kept.program(which, options)
+    assert program.load() is None
+    return program.lower()()
+
+
+def load(folder: Path | None, which: Call) -> Any:
+    return Executables(folder).program(which, OPTIONS).load()
 
 
 def entries(folder: Path) -> list[Path]:
@@ -55,7 +60,7 @@ def entries(folder: Path) -> list[Path]:
 
 def test_what_one_has_compiled_another_loads_and_it_takes_over_what_is_donated(folder):
     compile_new(Executables(folder), call())
-    program: Any = Executables(folder).load(call(), OPTIONS)
+    program: Any = load(folder, call())
     given = call().given
     np.testing.assert_allclose(program(*given), EXPECTED, rtol=1e-6)
     assert [x.is_deleted() for x in given] == [True, False]
@@ -65,8 +70,8 @@ CHILD = """
 import sys
 from jaxserve import LLM, SamplingParams
 from jaxserve.spmd import Call
-lowered, lower = [], Call.lower
-Call.lower = lambda call: lowered.append(call) or lower(call)
+lowered, trace = [], Call.trace
+Call.trace = lambda call: lowered.append(call) or trace(call)
 llm = LLM(sys.argv[1], max_model_len=32, max_num_batched_tokens=16, max_num_seqs=1)
 tokens = llm.generate([[3, 5]], SamplingParams(temperature=0, max_tokens=4))[0].outputs[0].token_ids
 print(len(lowered), llm.engine.counters.compiled, llm.engine.counters.late_compiled, *tokens)
@@ -99,7 +104,7 @@ def test_what_is_damaged_is_dropped_and_compiled_anew(folder, which, damage):
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]) if damage is None else damage)
     np.testing.assert_allclose(compile_new(Executables(folder), call())(*call().given), EXPECTED, rtol=1e-6)
-    assert Executables(folder).load(call(), OPTIONS) is not None
+    assert load(folder, call()) is not None
 
 
 def test_what_is_whole_but_no_program_is_dropped(folder):
@@ -107,7 +112,7 @@ def test_what_is_whole_but_no_program_is_dropped(folder):
     compile_new(kept, call())
     kept._write(entries(folder)[-1].name, b"no program")
     compile_new(kept, call())
-    assert kept.load(call(), OPTIONS) is not None
+    assert load(folder, call()) is not None
 
 
 def test_a_program_that_is_lowered_to_the_same_is_not_compiled_again(folder, monkeypatch):
@@ -116,7 +121,7 @@ def test_a_program_that_is_lowered_to_the_same_is_not_compiled_again(folder, mon
     monkeypatch.setattr(subject, "_compile", None)
     program = compile_new(Executables(folder), call())
     np.testing.assert_allclose(program(*call().given), EXPECTED, rtol=1e-6)
-    assert Executables(folder).load(call(), OPTIONS) is not None
+    assert load(folder, call()) is not None
 
 
 def test_a_program_whose_source_can_not_be_told_is_found_when_it_is_lowered(folder, monkeypatch):
@@ -127,10 +132,8 @@ def test_a_program_whose_source_can_not_be_told_is_found_when_it_is_lowered(fold
     assert len(entries(folder)) == 1
 
 
-def test_without_a_folder_programs_are_lowered_as_jax_does_it(tmp_path):
-    for kept in (Executables(), Executables(None)):
-        assert kept.load(call(), OPTIONS) is None
-        np.testing.assert_allclose(kept.lower(call()).compile(OPTIONS)(*call().given), EXPECTED, rtol=1e-6)
+def test_without_a_folder_programs_are_lowered_as_jax_does_it():
+    np.testing.assert_allclose(compile_new(Executables(), call())(*call().given), EXPECTED, rtol=1e-6)
 
 
 def test_a_folder_is_the_user_s_alone(folder):
@@ -151,7 +154,45 @@ def test_a_folder_that_others_can_write_to_is_not_used(folder, mode):
 def test_a_folder_of_somebody_else_is_not_used(folder, monkeypatch):
     compile_new(Executables(folder), call())
     monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
-    assert Executables(folder).load(call(), OPTIONS) is None
+    assert load(folder, call()) is None
+
+
+def test_a_folder_that_others_can_replace_is_not_used(folder):
+    folder.parent.chmod(0o777)
+    compile_new(Executables(folder), call())
+    compile_new(Executables(folder), call())
+    folder.parent.chmod(0o1777)  # as of /tmp
+    compile_new(Executables(folder), call())
+    assert load(folder, call()) is not None
+
+
+def test_what_is_set_in_a_thread_alone_is_told_apart(folder):
+    with jax.default_matmul_precision("highest"):
+        compile_new(Executables(folder), call())
+    compile_new(Executables(folder), call())
+    with jax.default_matmul_precision("highest"):
+        assert load(folder, call()) is not None
+
+
+@jax.jit
+def first(x, y):
+    return x + 1
+
+
+@jax.jit
+def second(x, y):
+    return y + 1
+
+
+def test_programs_that_take_one_of_two_arguments_each_are_told_apart(folder, monkeypatch):
+    """Lowered they are the same, for what isn't used is left out."""
+    monkeypatch.setattr(subject, "origin", lambda call, options: None)
+    monkeypatch.setattr(second.__wrapped__, "__name__", "first")
+    compiled = [
+        compile_new(Executables(folder), call(program=program)._replace(static={})) for program in (first, second)
+    ]
+    given = call().given
+    assert [float(program(*given)[0]) for program in compiled] == [1.0, 2.0]
 
 
 def test_a_folder_that_can_not_be_made_is_not_used(tmp_path):
@@ -160,11 +201,12 @@ def test_a_folder_that_can_not_be_made_is_not_used(tmp_path):
 
 
 def test_a_disk_that_is_full_is_no_obstacle(folder, monkeypatch):
-    def full(**_):
+    def full(file, mode):
+        os.close(file)
         raise OSError("No space left on device")
 
     kept = Executables(folder)
-    monkeypatch.setattr(subject.tempfile, "mkstemp", full)
+    monkeypatch.setattr(subject.os, "fdopen", full)
     np.testing.assert_allclose(compile_new(kept, call())(*call().given), EXPECTED, rtol=1e-6)
     assert entries(folder) == []
 
@@ -175,10 +217,10 @@ def test_what_was_not_used_for_longest_makes_room(folder):
         compile_new(Executables(folder), call(factor))
         for file in set(entries(folder)) - before:
             os.utime(file, (file.stat().st_atime, file.stat().st_mtime - age))
-    assert Executables(folder).load(call(3), OPTIONS) is not None  # is used
+    assert load(folder, call(3)) is not None  # is used
     room = sum(file.stat().st_size for file in entries(folder))
     compile_new(Executables(folder, limit=room), call(6))
-    there = [Executables(folder).load(call(factor), OPTIONS) is not None for factor in (3, 4, 5, 6)]
+    there = [load(folder, call(factor)) is not None for factor in (3, 4, 5, 6)]
     assert there[0] and there[3] and not there[1]
     assert sum(file.stat().st_size for file in entries(folder)) <= room
 
@@ -203,25 +245,25 @@ def test_programs_of_a_mesh_are_loaded_for_its_devices(folder):
     which = Call(mark, mesh, Ranks(), (slots, *Packer(0, 7, 2, devices).marks()))
     wanted = jax.device_get(which.lower().compile()(devices.make(lambda: empty(16, 0, 7)), *which.given[1:]))
     compile_new(Executables(folder), which)
-    program: Any = Executables(folder).load(which, OPTIONS)
+    program: Any = load(folder, which)
     found = program(*which.given)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), wanted)
-    assert Executables(folder).load(which._replace(mesh=None), OPTIONS) is None
+    assert load(folder, which._replace(mesh=None)) is None
 
 
 def test_programs_are_loaded_where_they_are_kept_and_compiled_where_not(folder):
-    calls = {number: call(number) for number in (3, 4, 5)}
     lowered = []
 
-    class Counted(Executables):
-        def lower(self, call):
-            lowered.append(call.static["factor"])
-            return super().lower(call)
+    class Counted(Call):
+        def trace(self):
+            lowered.append(self.static["factor"])
+            return super().trace()
 
-    Programs(calls.__getitem__, Counted(folder)).compile([3, 4])
-    told, programs = [], Programs(calls.__getitem__, Counted(folder))
+    calls = {number: Counted(*call(number)) for number in (3, 4, 5)}
+    Programs(calls.__getitem__, Executables(folder)).compile([3, 4])
+    told, programs = [], Programs(calls.__getitem__, Executables(folder))
     programs.compile([3, 4, 5], lambda *progress: told.append(progress))
     assert (lowered, len(programs), programs.late, told[-1]) == ([3, 4, 5], 3, 0, (3, 3))
-    late = Programs(calls.__getitem__, Counted(folder))
+    late = Programs(calls.__getitem__, Executables(folder))
     np.testing.assert_allclose(late[3](*call().given), EXPECTED, rtol=1e-6)
     assert (lowered, late.late) == ([3, 4, 5], 1)

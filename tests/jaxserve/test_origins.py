@@ -84,6 +84,7 @@ def test_options_flags_versions_and_machines_are_told_apart(monkeypatch):
         lambda: monkeypatch.setenv("XLA_FLAGS", "--something"),
         lambda: monkeypatch.setattr(jax, "__version__", "0.0"),
         lambda: monkeypatch.setattr(origins, "__version__", "0.0"),
+        lambda: monkeypatch.setattr(origins, "OVERLAP", {}),
         lambda: monkeypatch.setattr(origins, "processor", lambda: "another"),
         lambda: monkeypatch.setattr(origins, "source", lambda *_: "another"),
     ]
@@ -95,24 +96,25 @@ def test_options_flags_versions_and_machines_are_told_apart(monkeypatch):
 
 def test_a_lowered_program_is_told_by_itself_and_not_by_its_source(monkeypatch):
     which = call()
-    one, same, other = (jax.jit(lambda x, by=by: x + by).lower(1.0) for by in (1, 1, 2))
-    found = lowered_origin(which, one, None)
+    one, same, other = (jax.jit(lambda x, by=by: x + by).trace(1.0) for by in (1, 1, 2))
+    told = lambda traced, options=None: lowered_origin(which, traced, traced.lower(), options)  # noqa: E731
+    found = told(one)
     monkeypatch.setattr(origins, "source", lambda *_: "another")
-    assert lowered_origin(which, same, None) == found
-    assert lowered_origin(which, other, None) != found
-    assert lowered_origin(which, one, {"a": 1}) != found
+    assert told(same) == found
+    assert told(other) != found
+    assert told(one, {"a": 1}) != found
 
 
 @pytest.fixture
 def package(tmp_path) -> Path:
-    for part in ("layers", "parallel", "bench"):
+    for part in ("layers", "layers/more", "parallel", "bench"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "one.py").write_text("one = 1\n")
     (tmp_path / "steps.py").write_text("steps = 1\n")
     return tmp_path
 
 
-@pytest.mark.parametrize("file", ["steps.py", "layers/one.py", "parallel/one.py"])
+@pytest.mark.parametrize("file", ["steps.py", "layers/one.py", "layers/more/one.py", "parallel/one.py"])
 def test_source_that_is_changed_moved_or_added_is_told_apart(package, file):
     later = time.time() + 1000
     found = [source(package, later)]
@@ -133,7 +135,11 @@ def test_what_no_program_is_traced_of_makes_no_difference(package):
 
 
 def test_source_that_has_changed_since_the_process_began_is_not_what_runs(package, monkeypatch):
-    assert source(package, time.time() - 1000) is None
+    began = time.time()
+    assert source(package, began) is not None
+    time.sleep(0.05)  # a file system's clock may be some milliseconds late
+    (package / "steps.py").touch()
+    assert source(package, began) is None
     monkeypatch.setattr(origins, "source", lambda *_: None)
     assert origin(call(), None) is None
 
@@ -143,9 +149,10 @@ def test_without_source_there_is_no_origin(tmp_path):
 
 
 def test_our_own_source_is_found():
-    assert source(origins.SOURCE, time.time() + 1000) == source(
-        Path(os.path.realpath(origins.SOURCE)), time.time() + 1001
-    )
+    later = time.time() + 1000
+    found = source(origins.SOURCE, later)
+    assert found is not None
+    assert source(Path(os.path.realpath(origins.SOURCE)), later) == found
 
 
 def test_where_a_host_does_not_say_what_it_can_do_programs_are_its_own(monkeypatch):

@@ -208,6 +208,19 @@ def test_there_are_blocks_enough_for_the_worst_routing_and_few_more(t, k, expert
     assert worst <= count <= worst + visited // size + 1
 
 
+def test_rows_that_mostly_are_none_get_no_rooms(rng):
+    cfg, experts = experts_of(raw_config("deepseek_v3"))
+    p = random_arrays(moe_params(cfg, experts, jnp.float32), rng).experts
+    args = p, jnp.ones((64, cfg.width)), routing_of("random", rng, 64, 8, 3)
+
+    def largest(sparse: bool) -> int:
+        jaxpr = jax.make_jaxpr(partial(mix_experts, sparse=sparse))(*args)
+        return max(math.prod(shape) for shape in intermediates(jaxpr, "dot_general"))
+
+    assert largest(sparse=False) == 8 * room(64, 3, 8) * cfg.width
+    assert largest(sparse=True) == 64 * cfg.width  # a block's, or the sum
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_int8_without_room_has_the_bits_of_every_other_plan(rng, dtype):
     """The same sum, whatever others took the room."""
