@@ -1,5 +1,6 @@
 """Feed-forward layers: one network for all tokens, or a mixture of experts (arXiv:2412.19437, section 2.1)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ ROWS = 24
 
 TILE = 16
 """Rows that a product of INT8 computes together."""
+
+Plan = Callable[["Mlp", Leaf, Array, Any], Array]
+"""Gives `[t, k, d]`, what each token gets from each of its experts `[t, k]`, not yet weighted."""
 
 
 class Mlp(NamedTuple):
@@ -158,10 +162,10 @@ def mix_experts(
     expert each, one after another: work in proportion to the tokens. "rows", for experts in INT8 on CPU, runs each
     token by itself. None chooses by their cost; it helps to know that most choices are none (`sparse`).
     """
-    plans = {"dense": _dense, "rooms": _rooms, "blocks": _blocks, "rows": _rows}
+    plans: dict[str, Plan] = {"dense": _dense, "rooms": _rooms, "blocks": _blocks, "rows": _rows}
     if implementation is None:
-        by_rows = all(map(multiplies_rows, p))
-        implementation = _cheaper(*routing.experts_tk.shape, p.w_gate.shape[0], by_rows, sparse)
+        (t, k), experts = routing.experts_tk.shape, p.w_gate.shape[0]
+        implementation = _cheaper(t, k, experts, all(map(multiplies_rows, p)), sparse)
     if implementation not in plans:
         raise NotImplementedError(f"implementation {implementation!r} of mix_experts; there are: {', '.join(plans)}")
     dtype = dtype or x_td.dtype
@@ -218,9 +222,6 @@ def _cheaper(t: int, k: int, experts: int, by_rows: bool, sparse: bool) -> str:
     if t * k < 2 * experts or (sparse and t > 32):
         return "blocks"
     return "rooms" if room(t, k, experts) < t else "dense"
-
-
-# What each plan gives is `[t, k, d]`: what each token gets from each of its experts, not yet weighted.
 
 
 def _dense(p: Mlp, x_td: Leaf, experts_tk: Array, dtype: Any) -> Array:

@@ -75,6 +75,8 @@ def test_a_placement_made_from_a_skewed_load_evens_it_and_serves_the_same_tokens
     before = [tokens(outputs) for outputs in serve(subject, PROMPTS, greedy(NEW))]
     subject.rebalance(better)
     assert [tokens(outputs) for outputs in serve(subject, PROMPTS, greedy(NEW))] == before
+    while subject._rebalancer.busy:  # a fast machine answers in few steps of many rounds
+        subject.step()
     assert (subject._rebalancer.slots_lx == better).all()
 
 
