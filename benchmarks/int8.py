@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jaxserve.checkpoints.hub import EMBEDDED
+from jaxserve.compilation import enable_cache
 from jaxserve.describe import count, human
 from jaxserve.engine import Engine
 from jaxserve.layers.config import Config
@@ -91,6 +92,7 @@ def main(
     turns: Annotated[int, typer.Option(min=1, help="How often each form answers.")] = 5,
 ) -> None:
     """Prints tokens a second and bytes of each form."""
+    enable_cache()
     subjects = engines()
     for engine in subjects.values():
         speed(engine, tokens)  # compiles
