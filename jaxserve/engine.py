@@ -29,9 +29,9 @@ from jaxserve.packing import Mark, Packer, Piece, Spot, completed, entwined, row
 from jaxserve.pages import PagePool
 from jaxserve.parallel.devices import Devices
 from jaxserve.parallel.errors import RequestError, ShardingError
+from jaxserve.parallel.moves import MOVES, move
 from jaxserve.parallel.processes import Processes
 from jaxserve.parallel.ranks import Ranks
-from jaxserve.parallel.transfer import MOVES, move
 from jaxserve.programs import Programs, Progress, Shapes
 from jaxserve.ranked import Ranked
 from jaxserve.reading import Reading, Row

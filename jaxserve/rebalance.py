@@ -13,11 +13,11 @@ from jaxserve.layers.spread import map_mixtures, mixtures
 from jaxserve.layers.transformer import Model
 from jaxserve.parallel.devices import Devices
 from jaxserve.parallel.errors import ShardingError
+from jaxserve.parallel.moves import MOVES
 from jaxserve.parallel.placement import Round, between, held, routes
-from jaxserve.parallel.transfer import MOVES
 
 Move = Callable[[Any, Any, Any], Any]
-"""`parallel.transfer.move` on a mesh; takes the weights over."""
+"""`parallel.moves.move` on a mesh; takes the weights over."""
 
 
 class Rebalancer:

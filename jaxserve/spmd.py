@@ -14,8 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxserve.compilation import OVERLAP
 from jaxserve.packed_prefill import SharedPack, prefill_packed
 from jaxserve.parallel.mesh import AXES, AnyMesh
+from jaxserve.parallel.moves import move
 from jaxserve.parallel.ranks import Ranks
-from jaxserve.parallel.transfer import move
 from jaxserve.slots import mark
 from jaxserve.steps import Chosen, Prefilled, decode
 
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     """One of the programs and what it is traced for: on one device, or on a mesh, whose `ranks` exchange so.
 
     The programs are `steps.decode`, `slots.mark`; on one device `steps.prefill`, on meshes `prefill_packed` and
-    `transfer.move`. What is given may be described only, for a mesh without devices too.
+    `moves.move`. What is given may be described only, for a mesh without devices too.
     """
 
     program: Any

@@ -6,8 +6,8 @@ import pytest
 from jaxserve.layers.spread import in_order, spread
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.mesh import make_mesh
+from jaxserve.parallel.moves import move
 from jaxserve.parallel.placement import eplb, imbalance, load
-from jaxserve.parallel.transfer import move
 from tests.jaxserve.conftest import engine, greedy, loaded, serve, tokens
 from tests.jaxserve.test_trace import watch_compilations
 

@@ -5,7 +5,7 @@ import pytest
 
 from jaxserve.layers.spread import mixtures
 from jaxserve.parallel.dispatch import capacity, message_bytes
-from jaxserve.parallel.transfer import move
+from jaxserve.parallel.moves import move
 from jaxserve.slots import mark
 from tests.jaxserve.conftest import MESH_SHAPES, engine
 from tests.parallel.conftest import collectives, kinds

@@ -4,8 +4,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxserve.parallel.mesh import AXES
+from jaxserve.parallel.moves import move
 from jaxserve.parallel.ranks import Ranks
-from jaxserve.parallel.transfer import move
 
 
 def test_slots_get_what_others_held_before_any_was_written(mesh):
