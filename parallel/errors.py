@@ -4,6 +4,7 @@
     ├── ConfigError        config.json lacks a key, contradicts itself, or asks for what is not supported
     ├── CheckpointError    files of weights or of the tokenizer are missing, damaged, or not those of the config
     ├── ShardingError      a mesh, or what is to lie where on it, cannot be as asked
+    ├── TransferError      pages did not come from another mesh, or may not be those that were sent
     ├── ProcessError       a process that shares the mesh has left, or is set up otherwise
     ├── EngineError        the engine has failed for good, or hangs
     │   └── ShutDownError  it was shut down, without a fault
@@ -33,6 +34,19 @@ class ShardingError(JaxserveError):
 
 class ProcessError(JaxserveError):
     """A process that shares the mesh has left, or was started with other settings."""
+
+
+class TransferError(JaxserveError):
+    """Pages did not come from another mesh, or not unharmed; `kind` is a word for what to do about it.
+
+    `gone`: nobody offers them, or no longer. `refused`: they are other than was asked for, or another has asked first.
+    `damaged`: they can be asked for again. `dead`: the link has ended, make another; `late`: so has it, by a deadline.
+    """
+
+    def __init__(self, message: str, kind: str):
+        """`kind` is one of those above."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class EngineError(JaxserveError):
