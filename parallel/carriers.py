@@ -103,25 +103,21 @@ class Direct:
         self._lent: dict[str, tuple[int, list[Spec]]] = {}
 
     def give(self, frames: Frames, kind: int, name: str, arrays: Sequence[np.ndarray]) -> None:
+        arrays = [array for array in arrays if array.size]  # JAX never brings an empty one
         number, sums = secrets.randbits(63), [checksums(array).tolist() for array in arrays]
         self._lent[name] = number, self._specs(arrays)
-        self._server.await_pull(number, jax.device_put(list(arrays), self._device))
+        self._server.await_pull(number, jax.device_put(arrays, self._device))
         frames.send(kind, {"name": name, "number": number, "address": self._server.address(), "sums": sums})
 
     def take(self, frames: Frames, words: dict[str, Any], specs: Sequence[Spec], deadline: float) -> list[np.ndarray]:
-        pulled = self._server.connect(words["address"]).pull(words["number"], self._specs(specs))
-        while not all(array.is_ready() for array in pulled):
-            if time.monotonic() > deadline:
-                raise TransferError(f"{words['name']} did not come in time", "late")
-            time.sleep(GLANCE)
-        try:
-            arrays = jax.device_get(pulled)
-        except RuntimeError as error:
-            raise TransferError(f"{words['name']} did not come: {error}", "dead") from error
+        full = [spec for spec in specs if spec.size]
+        pulled = self._server.connect(words["address"]).pull(words["number"], self._specs(full))
+        arrays = _wait(words["name"], pulled, deadline)
         found = [checksums(array) for array in arrays]
         damaged = sum(int((one != said).sum()) for one, said in zip(found, words["sums"], strict=True))
         _check(words["name"], damaged)
-        return arrays
+        brought = iter(arrays)
+        return [next(brought) if spec.size else np.empty(spec.shape, spec.dtype) for spec in specs]
 
     def settle(self, name: str, taken: bool) -> None:
         """What the other end did not take is pulled by this one: nothing else makes JAX let go of it."""
@@ -146,8 +142,20 @@ def _fill(frames: Frames, array: np.ndarray, deadline: float) -> int:
     damaged = 0
     for at, wanted in zip(range(0, len(view), BLOCK), said, strict=True):
         frames.fill(view[at : at + BLOCK], deadline)
-        damaged += zlib.crc32(view[at : at + BLOCK]) != wanted
+        damaged += zlib.crc32(view[at : at + BLOCK]) != int(wanted)
     return damaged
+
+
+def _wait(name: str, pulled: list[jax.Array], deadline: float) -> list[np.ndarray]:
+    """What JAX brings, once it has."""
+    while not all(array.is_ready() for array in pulled):
+        if time.monotonic() > deadline:
+            raise TransferError(f"{name} did not come in time", "late")
+        time.sleep(GLANCE)
+    try:
+        return jax.device_get(pulled)
+    except RuntimeError as error:
+        raise TransferError(f"{name} did not come: {error}", "dead") from error
 
 
 def _check(name: str, damaged: int) -> None:

@@ -60,7 +60,7 @@ class End:
                 else:
                     self._hear(frame)
         except Exception as error:  # whoever waits for this end must be told, whatever it was
-            self.failure = error if isinstance(error, TransferError) else _senseless(error)
+            self.failure = _without_frames(error)
             self._frames.close()
             self._end(self.failure)
 
@@ -96,5 +96,8 @@ class End:
         raise NotImplementedError
 
 
-def _senseless(error: Exception) -> TransferError:
+def _without_frames(error: Exception) -> TransferError:
+    """What went wrong, without the calls that it went through: what they were sending would be kept with them."""
+    if isinstance(error, TransferError):
+        return TransferError(str(error), error.kind)
     return TransferError(f"the other end of the link makes no sense: {error!r}", "dead")

@@ -182,10 +182,7 @@ class Giver(End):
         try:
             arrays = [np.asarray(array) for array in offer.arrays]
             arrays = arrays if offer.rows is None else [array[: offer.rows] for array in arrays]
-        except (
-            RuntimeError,
-            IndexError,
-        ) as error:  # the program that was to make them has failed, or they were donated
+        except (RuntimeError, IndexError) as error:  # the program that was to make them has failed, or they are donated
             self._offers.remove(name)
             raise TransferError(f"{name} is lost: {error}", "gone") from error
         if (found := [_described(array) for array in arrays]) != wanted:
