@@ -7,8 +7,6 @@ source has changed, the lowered program says whether it is still the same.
 import hashlib
 import os
 import pickle
-import stat
-import sys
 import tempfile
 import threading
 import zlib
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
+from jaxserve.folders import made_own
 from jaxserve.origins import Options, devices_of, lowered_origin, origin
 
 LIMIT = 2**32
@@ -35,7 +34,7 @@ class Executables:
     """
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT):
-        self._folder, self._limit = folder if folder and _made_own(folder) else None, limit
+        self._folder, self._limit = folder if folder and made_own(folder) else None, limit
 
     def program(self, call: Any, options: Options) -> "Program":
         """One that is to be loaded or compiled. What it comes from is told here: settings of this thread count."""
@@ -144,22 +143,6 @@ class Program(NamedTuple):
         lowered, call, options = traced.lower(), self.call, self.options
         name = lowered_origin(call, traced, lowered, options)
         return partial(self.executables.compile, call, lowered, options, name, self.source)
-
-
-def _made_own(folder: Path) -> bool:
-    """Makes the folder if there is none; whether nobody else can write to it, or put another in its place.
-
-    What is loaded from it is run.
-    """
-    if sys.platform == "win32":  # where rights aren't told by bits
-        return False
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found, around = folder.lstat(), folder.parent.stat()
-    except OSError:
-        return False
-    replaceable = around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not replaceable
 
 
 def _compile(lowered: Any, options: Options) -> tuple[Any, bool]:
