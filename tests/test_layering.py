@@ -19,6 +19,7 @@ HOST = (
     "request",
     "scheduler",
     "serving",
+    "tiers.store",
     "tokenizer",
     "tools",
 )  # plain Python, without JAX
