@@ -146,7 +146,7 @@ def _fill(frames: Frames, array: np.ndarray, deadline: float) -> int:
     return damaged
 
 
-def _wait(name: str, pulled: list[jax.Array], deadline: float) -> list[np.ndarray]:
+def _wait(name: str, pulled: list[Any], deadline: float) -> list[np.ndarray]:
     """What JAX brings, once it has."""
     while not all(array.is_ready() for array in pulled):
         if time.monotonic() > deadline:
