@@ -1,12 +1,13 @@
 """The answers that are not complete: how they begin, grow by what steps give, and end."""
 
 import time
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxserve.arrivals import Arrival
 from jaxserve.completion import Completion
 from jaxserve.counters import Counters
 from jaxserve.guidance import Guide, Guides
@@ -41,11 +42,15 @@ class Answers:
 
     def __init__(
         self, *, ranks: Ranked, tokenizer: Tokenizer, eos_ids: frozenset[int], guides: Guides, counters: Counters,
-        longest: int, seeds: np.random.Generator,
+        longest: int, seeds: np.random.Generator, keep: Callable[[Sequence, Output], None],
     ):  # fmt: skip
-        """`longest` are the tokens of a prompt and its answer; `seeds` are for requests that have none."""
+        """`longest` are the tokens of a prompt and its answer; `seeds` are for requests that have none.
+
+        `keep` is told of a sequence when its prompt is computed and when its answer ends, while it has its pages; and
+        what will be said of it then.
+        """
         self._ranks, self._tokenizer, self._guides, self._counters = ranks, tokenizer, guides, counters
-        self._eos_ids, self._longest, self._seeds = eos_ids, longest, seeds
+        self._eos_ids, self._longest, self._seeds, self._keep = eos_ids, longest, seeds, keep
         self._open: dict[str, dict[int, Answer]] = {}
         self._arrivals = 0
 
@@ -53,19 +58,26 @@ class Answers:
         """Requests that are not answered."""
         return len(self._open)
 
-    def open(self, request: Request) -> None:
-        """Queues the answers to a request. Raises RequestError if its id is taken, or there is no room."""
+    def open(self, request: Request, bring: Callable[[Sequence], Arrival | None]) -> None:
+        """Queues the answers to a request. Raises RequestError if its id is taken, or there is no room.
+
+        They can begin when the pages are there that are brought for the first of them.
+        """
         if request.id in self._open:
             raise RequestError(f"request id {request.id!r} is taken by a request that is not answered yet")
         self._ranks.check(request.params.n)
         answers = [self._new(request, index) for index in range(request.params.n)]
         self._open[request.id] = {answer.sequence.index: answer for answer in answers}
+        coming = bring(answers[0].sequence)
         for answer in answers:
+            answer.sequence.coming = coming
             self._ranks.add(answer.sequence)
 
     def abort(self, request_id: str) -> None:
         """Ends what is left of a request."""
         for answer in self._open.pop(request_id, {}).values():
+            if answer.sequence.coming:
+                answer.sequence.coming.cancel()
             self._ranks.finish(answer.sequence)
 
     def lose(self, kept: Set[Sequence], error: str) -> Iterator[Output]:
@@ -75,6 +87,11 @@ class Answers:
             if s not in kept:
                 self._drop(answer)
                 yield Output(s.request.id, s.index, completion.rest(), finish_reason="error", error=error)
+
+    def miss(self, s: Sequence, error: str) -> Output:
+        """Ends an answer that can't begin, because pages that it needs did not come."""
+        self._finish(self._of(s))
+        return Output(s.request.id, s.index, finish_reason="error", error=error, lost=True)
 
     def begin(self, s: Sequence) -> None:
         """Notes that a sequence got a slot."""
@@ -96,19 +113,21 @@ class Answers:
                 pairs = zip(said.at, said.tokens, strict=True)
                 scores = [self._logprobs(found.report, at, token, wanted) for at, token in pairs]
             self._ranks[s.rank].landed(s, found.rounds)
-            output = self._extend(answer, said.tokens, scores, said.guesses)
+            output = self._extend(answer, said.tokens, scores, said.guesses, bool(said.fault))
             if said.fault and not output.finish_reason:  # what stands after an answer's end is nobody's fault
                 output = self._fail(answer, said.fault, output)
             yield output
             if found.rounds is not None:
                 self._count_guesses(said.at[: len(output.token_ids)], found)
 
-    def _extend(self, answer: Answer, tokens: list[int], found: list[TokenLogprobs], guesses: list[int]) -> Output:
+    def _extend(
+        self, answer: Answer, tokens: list[int], found: list[TokenLogprobs], guesses: list[int], faulty: bool
+    ) -> Output:
         s, completion, guide, known, _ = answer
         if guide is not None:
             tokens = tokens[: guide.push(tokens)]
             guide.guesses = guesses
-        begins = completion.count == 0
+        begins = completion.count == len(s.request.answered)
         output = completion.push(tokens, found, over=guide is not None and guide.over)
         self._counters.generated_tokens += len(output.token_ids)
         self._ranks[s.rank].update(s, output.token_ids)
@@ -116,6 +135,8 @@ class Answers:
             scores = (None, *known) if s.whole else None
             output = replace(output, prompt_logprobs=scores, num_cached_tokens=s.hit, queue_seconds=s.queue_seconds)
             s.whole = False
+        if not faulty and (begins or output.finish_reason):
+            self._keep(s, output)
         if output.finish_reason:
             self._finish(answer)
         return output
@@ -175,17 +196,28 @@ class Answers:
         limit = min(self._longest, len(prompt) + (p.max_tokens or self._longest))
         seed = p.seed if p.seed is not None else int(self._seeds.integers(2**32))
         guide = self._guides.make(p)
+        completion = Completion(
+            request, index, self._tokenizer.stream(p.skip_special_tokens), self._eos_ids, limit - len(prompt)
+        )
+        _replay(request, completion, guide)
         sequence = Sequence(
             request=request,
             index=index,
             seed=(seed + index) % 2**32,
             limit=limit,
             arrival=self._arrivals,
-            tokens=list(prompt),
+            tokens=[*prompt, *request.answered],
+            root=self._ranks[0].pool.root(request.cache_salt),
             by_host=guide is not None,
             whole=p.prompt_logprobs is not None and index == 0,
         )
         self._arrivals += 1
-        stream = self._tokenizer.stream(p.skip_special_tokens)
-        completion = Completion(request, index, stream, self._eos_ids, limit - len(prompt))
         return Answer(sequence, completion, guide, [], time.perf_counter())
+
+
+def _replay(request: Request, completion: Completion, guide: Guide | None) -> None:
+    """Has an answer begin as another engine has begun it. Raises RequestError if nothing can follow that."""
+    said = list(request.answered)
+    fits = guide is None or not said or (guide.push(said) == len(said) and not guide.over)
+    if not fits or completion.push(said).finish_reason:
+        raise RequestError(f"answered has {len(said)} tokens after which the answer is complete, or that it can't have")

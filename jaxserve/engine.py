@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxserve import __version__
 from jaxserve import options as sizes
 from jaxserve.answers import Answers
+from jaxserve.connector import Connector
 from jaxserve.counters import Counters
 from jaxserve.executables import Executables
 from jaxserve.guidance import Guide, Guides
@@ -32,6 +33,7 @@ from jaxserve.parallel.errors import RequestError, ShardingError
 from jaxserve.parallel.moves import MOVES, move
 from jaxserve.parallel.processes import Processes
 from jaxserve.parallel.ranks import Ranks
+from jaxserve.porter import Porter
 from jaxserve.programs import Programs, Progress, Shapes
 from jaxserve.ranked import Ranked
 from jaxserve.reading import Reading, Row
@@ -86,11 +88,12 @@ class Engine:
         progress: Progress | None = None,
         mesh: Mesh | None = None,
         executables: Executables | None = None,
+        connector: Connector | None = None,
     ):
         """Takes the weights over, makes the cache, and compiles the steps; `progress` is told how far that is.
 
         On a mesh the weights lie already as `parallel.sharding.DECODE` says, see `layers.spread`. Steps that are
-        among the `executables` aren't compiled; others are kept there.
+        among the `executables` aren't compiled; others are kept there. Pages come and go by the `connector`.
         """
         self.cfg, self.options = cfg, (options := options or EngineConfig())
         self.max_model_len, self.drafts = sizes.model_len(cfg, options), sizes.drafts(cfg, options)
@@ -102,6 +105,7 @@ class Engine:
             raise ShardingError(
                 f"{mesh.size} ranks on CPU need expert_exchange='hierarchical': flat ones hang beyond {FLAT}"
             )
+        self._porter = Porter(connector, self._devices, options.page_size)
         self._together = Together(Processes.all() if self._devices.shared else None)
         self._together.check_same(
             config=cfg,
@@ -138,6 +142,7 @@ class Engine:
             counters=self.counters,
             longest=self.max_model_len,
             seeds=np.random.default_rng((options.seed, self._devices.here.start)),
+            keep=lambda s, output: self._porter.keep(self._state.cache, s, output),
         )
         self._company = False  # whether another process has answers to give
         self._aim: np.ndarray | None = None
@@ -151,6 +156,7 @@ class Engine:
         if options.warmup:
             moves = [move] if self._rebalancer else []
             self._programs.compile([*self._shapes.prefill, *self._shapes.decode, mark, *moves], progress)
+            self._state = self._state._replace(cache=self._porter.compile(self._state.cache))
         self.counters.compiled = len(self._programs)
 
     @property
@@ -161,7 +167,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._answers) or self._company
+        return bool(self._answers) or self._company or self._porter.busy
 
     @property
     def many(self) -> bool:
@@ -184,26 +190,37 @@ class Engine:
             )
         if not isinstance(request.priority, int):
             raise RequestError(f"priority = {request.priority!r}: it must be a whole number")
+        if request.answered and (p.n != 1 or p.prompt_logprobs is not None):
+            raise RequestError("answered: it goes with n = 1 and without prompt_logprobs")
+        if request.answered and (known := len(tokens) + len(request.answered)) >= self.max_model_len:
+            raise RequestError(f"prompt and answered have {known} tokens; {self.max_model_len - 1} are accepted")
         stops = p.stop_token_ids or ()
         if len(stops) > OWN_ENDS:
             raise RequestError(f"stop_token_ids has {len(stops)} tokens; it must have at most {OWN_ENDS}")
-        named = {"stop_token_ids": stops, "allowed_token_ids": p.allowed_token_ids, "logit_bias": p.logit_bias}
+        named = {
+            "answered": request.answered,
+            "stop_token_ids": stops,
+            "allowed_token_ids": p.allowed_token_ids,
+            "logit_bias": p.logit_bias,
+        }
         for name, ids in {"prompt_token_ids": tokens, **named}.items():
             wrong = [t for t in ids or () if not 0 <= t < self.cfg.vocab_size]
             if wrong:
                 raise RequestError(f"{name} has {wrong[0]}; the model's tokens are 0 to {self.cfg.vocab_size - 1}")
         self._guides.make(p)  # refuses forms that can't be followed
+        self._porter.check(request)
 
     def add(self, request: Request) -> None:
         self._check_whole()
         request = copy.deepcopy(request)  # whoever asks may change lists that were given
         request = replace(request, prompt_token_ids=tuple(map(operator.index, request.prompt_token_ids)))  # not NumPy's
         self.check(request)
-        self._answers.open(request)
+        self._answers.open(request, lambda s: self._porter.bring(s, self._schedulers))
         self._note_moment()
 
     def abort(self, request_id: str) -> None:
         self._answers.abort(request_id)
+        self._porter.forget(request_id)
         self._note_moment()
 
     def step(self) -> list[Output]:
@@ -223,7 +240,10 @@ class Engine:
         self._ongoing = None
         waiting = self._schedulers.restart(self._make_pool)
         reason = f"the engine failed in a step: {self._failure!r}"
-        outputs = [*self._said, *self._answers.lose(waiting, reason)]
+        lost = list(self._answers.lose(waiting, reason))
+        outputs = [*self._said, *lost]
+        for output in lost:
+            self._porter.forget(output.request_id)
         self._empty()
         self._failure, self._said = None, []
         self._note_moment()
@@ -268,6 +288,8 @@ class Engine:
 
     def _step(self) -> list[Output]:
         clock = [time.perf_counter()]
+        self._said += self._porter.said()
+        self._said += [self._answers.miss(s, why) for s, why in self._porter.receive(self._schedulers)]
         plans = self._plan()
         if self._rebalancer and self._rebalancer.busy:
             self._model = self._rebalancer.advance(self._model, self._programs[move])
@@ -279,11 +301,13 @@ class Engine:
         clock.append(time.perf_counter())
         if ongoing and not idle:
             self._round_seconds += 0.2 * ((clock[2] - self._came) / ongoing.rounds - self._round_seconds)
-        for output in self._read(ongoing) if ongoing else ():
+        for output in self._porter.passed(self._read(ongoing)) if ongoing else ():
             self._said.append(output)
         outputs, self._said = self._said, []
         if not self.busy:
             self._ongoing = None  # nobody wants to know
+        if not (ongoing or self._ongoing or outputs):
+            self._porter.rest()
         self._count(*clock, idle_since=(self._came if ongoing else clock[0]) if idle else clock[1])
         return outputs
 
@@ -344,6 +368,8 @@ class Engine:
             warnings.warn(f"a placement of experts is not taken: {error}", stacklevel=2)
 
     def _launch(self, plans: list[Plan]) -> Launched | None:
+        fills = (fill for plan in plans for fill in plan.fills)
+        self._state = self._state._replace(cache=self._porter.fill(self._state.cache, fills))
         chunks, rows = [c for plan in plans for c in plan.chunks], [s for plan in plans for s in plan.rows]
         marks_r = [self._seat(plan.chunks) for plan in plans]
         for s in (*(chunk.sequence for chunk in chunks), *rows):

@@ -57,14 +57,18 @@ class PagePool:
         """Pages that some sequence uses."""
         return self.count - self.available
 
-    def keys(self, tokens: Sequence[int], known: Sequence[Key] = ()) -> list[Key]:
+    def root(self, salt: str) -> Key:
+        """The key of what stands before the first page of sequences that share with nobody who has another salt."""
+        return self._digest(salt.encode()) if salt else ROOT
+
+    def keys(self, tokens: Sequence[int], known: Sequence[Key] = (), root: Key = ROOT) -> list[Key]:
         """Keys of the pages that `tokens` fill, in order; `known` are the first of them, computed before."""
         keys = list(known)
         while self._end(len(keys)) <= len(tokens):
-            keys.append(self._key(self._content(tokens, len(keys), keys[-1] if keys else ROOT)))
+            keys.append(self._key(self._content(tokens, len(keys), keys[-1] if keys else root)))
         return keys
 
-    def find(self, tokens: Sequence[int], keys: Sequence[Key]) -> list[int]:
+    def find(self, tokens: Sequence[int], keys: Sequence[Key], root: Key = ROOT) -> list[int]:
         """The longest run of published pages, from the first on, that hold `tokens`.
 
         Takes no reference: share them before the next `allocate`, which may evict them.
@@ -72,7 +76,7 @@ class PagePool:
         found: list[int] = []
         for index, key in enumerate(keys):
             page = self._published.get(key)
-            parent = keys[index - 1] if index else ROOT
+            parent = keys[index - 1] if index else root
             if page is None or self._contents[page] != self._content(tokens, index, parent):
                 break
             found.append(page)
@@ -111,7 +115,7 @@ class PagePool:
             else:
                 self._blank.append(page)
 
-    def publish(self, page: int, tokens: Sequence[int], index: int, keys: Sequence[Key]) -> None:
+    def publish(self, page: int, tokens: Sequence[int], index: int, keys: Sequence[Key], root: Key = ROOT) -> None:
         """Makes a page in use findable: the `index`-th of a sequence of `tokens`, whose pages' keys are `keys`.
 
         If another page has that key, it stays the one that is found. A ValueError if no sequence uses the page.
@@ -120,7 +124,7 @@ class PagePool:
             raise ValueError(f"page {page} is published and not in use: publish before releasing")
         if page in self._contents or keys[index] in self._published:
             return
-        self._contents[page] = self._content(tokens, index, keys[index - 1] if index else ROOT)
+        self._contents[page] = self._content(tokens, index, keys[index - 1] if index else root)
         self._published[keys[index]] = page
 
     def retract(self, pages: Iterable[int]) -> None:

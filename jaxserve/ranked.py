@@ -74,7 +74,8 @@ class Ranked:
     def allowed(self, rounds: int) -> int:
         """As many rounds, if the next step may have them on all ranks; else one."""
         self._assign()
-        return rounds if not self._waiting and all(rank.allows(rounds) for rank in self.ranks) else 1
+        waiting = any(s.coming is None for s in self._waiting)
+        return rounds if not waiting and all(rank.allows(rounds) for rank in self.ranks) else 1
 
     def wanted(self) -> Room:
         """Room that the ranks' chunks can fill in the next step; see `Scheduler.wanted`."""
@@ -92,12 +93,25 @@ class Ranked:
             room = room and room.without(plan.chunks, self.limits.tile)
         return [plans[number] for number in range(len(self.ranks))]
 
+    def expecting(self) -> list[Sequence]:
+        """Those that wait for pages from elsewhere, in order."""
+        return sorted(s for s in self._waiting if s.coming is not None)
+
     def _assign(self) -> None:
-        """Gives those that wait to ranks that have a slot for them: where most of their prompt is, and least else."""
+        """Gives those that wait to ranks that have a slot for them: where most of their prompt is, and least else.
+
+        Who expects pages from elsewhere is passed by until they have come.
+        """
+        expecting: list[Sequence] = []
         while self._waiting:
             able = [n for n, rank in enumerate(self.ranks) if rank.num_free > rank.num_waiting or len(self.ranks) == 1]
             if not able:
-                return
+                break
             s = heapq.heappop(self._waiting)
+            if s.coming is not None:
+                expecting.append(s)
+                continue
             s.rank = min(able, key=lambda number: self.ranks[number].load_with(s))
             self.ranks[s.rank].add(s)
+        for s in expecting:
+            heapq.heappush(self._waiting, s)

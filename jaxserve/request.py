@@ -172,6 +172,15 @@ def _is_bias(value: object) -> bool:
     )
 
 
+class Handover(NamedTuple):
+    """Where the pages of a prompt lie that another engine has computed, until they are fetched or too old."""
+
+    host: str
+    port: int
+    name: str  # of the offer there
+    tokens: int  # that are in the pages
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt on its way through the engine."""
@@ -181,6 +190,12 @@ class Request:
     params: SamplingParams
     prompt: str | None = None  # None if it came as tokens
     priority: int = 0  # lower is served sooner; of equals, the one that came first
+    cache_salt: str = ""  # what was computed for others is found only by those with the same
+
+    # Between engines.
+    answered: tuple[int, ...] = ()  # of its only answer, tokens that another engine has said; it goes on after them
+    export: bool = False  # the pages of its prompt are offered to other engines
+    handover: Handover | None = None  # its pages come from another engine
 
 
 class Logprob(NamedTuple):
@@ -210,6 +225,8 @@ class Output:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # with the first output, if asked for
     num_cached_tokens: int = 0  # of the prompt, computed by an earlier request
     queue_seconds: float = 0.0  # with the first output: how long it waited to begin
+    handover: Handover | None = None  # where its pages are, if the request is to export them
+    lost: bool = False  # finish_reason is "error" because pages that it was to begin with did not come
 
 
 @dataclass

@@ -12,9 +12,10 @@ import heapq
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxserve.pages import Key, PagePool
+from jaxserve.arrivals import Arrival, Brought
+from jaxserve.pages import ROOT, Key, PagePool
 from jaxserve.request import Request
 
 
@@ -33,7 +34,11 @@ class Sequence:
     rank: int = 0  # whose slots and pages it uses
     hit: int = 0  # tokens of the prompt that were in the cache when it first started
     queue_seconds: float = 0.0  # until then
+    root: Key = ROOT  # of its pages
     keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
+    coming: Arrival | None = None  # pages from elsewhere; it can't start before they are there
+    brought: Brought | None = None  # those that have come, until it starts
+    kept: int = 0  # pages that were kept elsewhere, or need not be
 
     # What it holds while it runs; a preempted sequence starts again from nothing.
     slot: int | None = None
@@ -77,12 +82,22 @@ class Chunk(NamedTuple):
         return self.end == len(self.sequence.tokens)
 
 
+class Fill(NamedTuple):
+    """Pages of a sequence that have come from elsewhere, and go into the cache before the step."""
+
+    sequence: Sequence
+    pages: list[int]
+    content: Any  # a tree of arrays `[k, b, …]`
+    begin: int  # of these pages in the content
+
+
 class Plan(NamedTuple):
     """What a step computes: chunks of known tokens, and for each row a token or more a round."""
 
     chunks: tuple[Chunk, ...]
     rows: tuple[Sequence, ...]
     rounds: int
+    fills: tuple[Fill, ...] = ()  # in this order
 
 
 class Gain(NamedTuple):
@@ -140,6 +155,7 @@ class Scheduler:
         self.hit = 0
         self._waiting: list[Sequence] = []  # a heap
         self._slots = list(reversed(range(limits.slots)))
+        self._fills: list[Fill] = []  # for the step that is planned
 
     @property
     def num_waiting(self) -> int:
@@ -152,8 +168,8 @@ class Scheduler:
 
     def load_with(self, s: Sequence) -> int:
         """Pages that all who are here can come to need, with one more; what it would find is not needed."""
-        keys = self.pool.keys(s.tokens) if self.limits.share and not s.whole else []
-        return self.reserved + self._needed(s, s.limit) - len(self.pool.find(s.tokens, keys))
+        keys = self.pool.keys(s.tokens, root=s.root) if self.limits.share and not s.whole else []
+        return self.reserved + self._needed(s, s.limit) - len(self.pool.find(s.tokens, keys, s.root))
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter([*self.running, *self._waiting])
@@ -178,7 +194,8 @@ class Scheduler:
         rows = tuple(s for s, epoch in able if s.epoch == epoch)  # a chunk may have preempted some
         for s in rows:
             self._launched(s, rounds)
-        return Plan(chunks, rows, rounds)
+        fills, self._fills = tuple(self._fills), []
+        return Plan(chunks, rows, rounds, fills)
 
     def wanted(self) -> Room:
         """Room that the chunks of all who have a slot or may get one can fill, if nobody is preempted."""
@@ -220,7 +237,7 @@ class Scheduler:
         """Gives up all that run, and takes another pool; who waits goes on waiting."""
         self.pool, self.running = pool, []
         self.reserved = sum(self._needed(s, s.limit) for s in self._waiting)
-        self._slots = list(reversed(range(self.limits.slots)))
+        self._slots, self._fills = list(reversed(range(self.limits.slots))), []
 
     def _stop(self, s: Sequence) -> None:
         assert s.slot is not None
@@ -302,8 +319,9 @@ class Scheduler:
 
         So it preempts nobody: that could be one whose chunk is in the plan by now.
         """
-        s.keys = self.pool.keys(s.tokens, s.keys) if self.limits.share else []
-        found = [] if s.whole else self.pool.find(s.tokens, s.keys[: (len(s.tokens) - 1) // self.pool.page_size])
+        s.keys = self.pool.keys(s.tokens, s.keys, s.root) if self.limits.share else []
+        usable = s.keys[: (len(s.tokens) - 1) // self.pool.page_size]
+        found = [] if s.whole else self.pool.find(s.tokens, usable, s.root)
         while self.limits.aligned and len(found) * self.pool.page_size % self.limits.tile:
             found.pop()
         self.pool.share(found)
@@ -312,6 +330,7 @@ class Scheduler:
             return False
         s.slot, s.pages, s.published = self._slots.pop(), found, len(found)
         s.computed = len(found) * self.pool.page_size
+        self._fill(s)
         if not s.epoch:
             s.hit = s.computed
             self.queried += len(s.tokens)
@@ -320,14 +339,29 @@ class Scheduler:
         self.running.sort()
         return True
 
+    def _fill(self, s: Sequence) -> None:
+        """Has what has come from elsewhere filled in after the pages that were found; there is room for all."""
+        given, s.brought = s.brought, None
+        if given is None or given.first > (found := len(s.pages)):
+            return
+        computed = min(given.tokens, len(s.tokens) - 1)
+        computed -= computed % self.limits.tile if self.limits.aligned else 0
+        pages = self.pool.allocate(max(0, -(-computed // self.pool.page_size) - found))
+        if not pages:
+            return
+        s.pages = s.pages + pages
+        s.computed = computed
+        self._fills.append(Fill(s, pages, given.pages, found - given.first))
+        self._publish(s)
+
     def _publish(self, s: Sequence) -> None:
         """Lets others find the pages that are full, and settled by tokens that are known."""
         if not self.limits.share:
             return
-        s.keys = self.pool.keys(s.tokens, s.keys)
+        s.keys = self.pool.keys(s.tokens, s.keys, s.root)
         full = min(len(s.keys), s.computed // self.pool.page_size)
         for index in range(s.published, full):
-            self.pool.publish(s.pages[index], s.tokens, index, s.keys)
+            self.pool.publish(s.pages[index], s.tokens, index, s.keys, s.root)
         s.published = max(s.published, full)
 
     def _launched(self, s: Sequence, rounds: int | None) -> None:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("parallel", "layers", "checkpoints", "jaxserve")  # each may import itself and those to its left
 HOST = (
+    "arrivals",
     "chat",
     "completion",
     "marks",
