@@ -35,6 +35,11 @@ def executables_folder() -> Path | None:
     return Path(folder) / "executables"
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept for the user. Raises RuntimeError if there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve"
+
+
 def enable_cache() -> str | None:
     """Keeps compiled programs in the user's cache folder, unless another was chosen for JAX, or none.
 
@@ -43,7 +48,7 @@ def enable_cache() -> str | None:
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return None
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve" / "jax"
+        folder = cache_folder() / "jax"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, RuntimeError) as error:  # a user need not have a home

@@ -32,6 +32,8 @@ FETCHES, PULLS = 4, 8
 """Requests whose pages are fetched from the store, or pulled from other engines, at once."""
 PATIENCE = 2.0
 """Seconds after which a request begins with those pages of the store that have come."""
+CLOSING = 10.0
+"""Seconds to write what still leaves when the engine is closed."""
 LEAVING = 1 << 30
 """Bytes of pages that may wait to be copied off the device for the store; more aren't kept there."""
 
@@ -176,7 +178,7 @@ class Connector:
             links = list(self._links.values())
             self._lock.notify_all()
         self._leaving.put(None)
-        self._thread.join()
+        self._thread.join(CLOSING)
         for pool in (self._fetches, self._pulls, self._admissions):
             pool.shutdown(wait=False, cancel_futures=True)
         for end in (*links, self._sender, self.store):

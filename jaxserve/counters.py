@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from jaxserve.tiers.counters import TierCounters
+
 
 @dataclass
 class Counters:
@@ -28,6 +30,7 @@ class Counters:
     read_seconds: float = 0.0  # from results to outputs
     exposed_seconds: float = 0.0  # of the host's time, how much the device had nothing to do in
     step_seconds: float = 0.0
+    tiers: dict[str, TierCounters] = field(default_factory=dict)  # of the context cache, from the fastest
 
     @property
     def tokens_per_row(self) -> float:

@@ -259,6 +259,11 @@ class Engine:
         self._load_seen = now
         return self._together.add_up(self._load_le)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets on the device what was computed of prompts, but for those that are being answered."""
+        for scheduler in self._schedulers:
+            scheduler.pool.clear()
+
     def rebalance(self, slots_lx: np.ndarray) -> None:
         """Moves experts to other ranks, in the course of the next steps; `slots_lx` is the expert in each slot.
 
@@ -457,7 +462,7 @@ class Engine:
         c.waiting, c.running = ranks.num_waiting, sum(len(s.running) for s in ranks)
         c.preemptions, c.pages_used = sum(s.preemptions for s in ranks), sum(s.pool.used for s in ranks)
         c.prompt_tokens, c.cached_tokens = sum(s.queried for s in ranks), sum(s.hit for s in ranks)
-        c.late_compiled = self._programs.late
+        c.late_compiled, c.tiers = self._programs.late, self._porter.tiers
 
 
 def _checksum(model: Model) -> int:

@@ -22,6 +22,7 @@ from jaxserve.checkpoints import hf, store
 from jaxserve.checkpoints.formats import find_format
 from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache, executables_folder
+from jaxserve.context import make_connector
 from jaxserve.engine import Engine
 from jaxserve.executables import Executables
 from jaxserve.footprint import check_room
@@ -35,6 +36,7 @@ from jaxserve.parallel.mesh import find_shape, make_mesh
 from jaxserve.progress import Progress, bar
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.serving import Serving
+from jaxserve.tiers.store import StoreConfig
 from jaxserve.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
@@ -59,6 +61,9 @@ class LLM:
     `mesh` is "2x4" (nodes x devices of a node), the name of a `parallel.mesh.Topology`, or a mesh with the same axes:
     each device then has answers of its own, and some of the experts. `options` are those of `EngineConfig`.
 
+    `context_cache` keeps what was computed of prompts beyond the cache on the device: True, in memory and in the user's
+    cache folder; or as a `StoreConfig` says, in a server too that many instances share.
+
     Programs are compiled before the first request and kept on disk for the next time, unless JAX's own options for that
     say otherwise; a bar shows how far it is, or `progress` is told.
     """
@@ -70,6 +75,7 @@ class LLM:
         dtype: str = "auto",
         quantization: str | None = None,
         mesh: Mesh | str | None = None,
+        context_cache: StoreConfig | bool | None = None,
         progress: Progress | None = None,
         **options: Any,
     ):
@@ -102,15 +108,29 @@ class LLM:
             warnings.warn(f"compiled programs can't be kept for the next time: {obstacle}", stacklevel=2)
         with nullcontext(progress) if progress else bar() as tell:
             weights = checkpoint.read(dtype=resolved, int8=int8, progress=partial(tell, "loading"))
+            self._connector = make_connector(weights, cfg, engine_config, context_cache)
             if devices:
                 extra = engine_config.num_redundant_experts, engine_config.num_shared_expert_ranks
                 weights = spread(weights, cfg, devices, in_order(cfg, devices.size, *extra))
             compiling, kept = partial(tell, "compiling"), Executables(executables_folder())
-            self.engine: Serving = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices, kept)
+            self.engine: Serving = Engine(
+                weights, cfg, self.tokenizer, engine_config, compiling, devices, kept, self._connector
+            )
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._left: deque[str] = deque()  # requests whose callers went away
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Writes what the context cache still has to, and ends its threads; there is nothing to generate after that."""
+        if self._connector:
+            self._connector.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self,

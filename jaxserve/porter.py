@@ -13,6 +13,7 @@ from jaxserve.parallel.pages import PageCopier
 from jaxserve.ranked import Ranked
 from jaxserve.request import Output, Request
 from jaxserve.scheduler import Fill, Sequence
+from jaxserve.tiers.counters import TierCounters
 
 COPIED = 16
 """Pages that are copied at once, out of the cache or into it."""
@@ -29,6 +30,12 @@ class Porter:
             raise ShardingError("pages can't come from elsewhere, or go there, on a mesh that processes share")
         self._connector, self._page_size = connector, page_size
         self._copier, self._first_rank = PageCopier(devices, COPIED), devices.here.start
+
+    @property
+    def tiers(self) -> dict[str, TierCounters]:
+        """What the tiers of the context cache count."""
+        store = self._connector and self._connector.store
+        return store.counters() if store else {}
 
     @property
     def busy(self) -> bool:

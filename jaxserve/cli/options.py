@@ -50,6 +50,19 @@ CoordinatorOption = Annotated[
 ]
 NumProcessesOption = Annotated[int, typer.Option(min=1, help="How many processes share the mesh.")]
 ProcessIdOption = Annotated[int, typer.Option(min=0, help="Which of them this is, from 0.")]
+ContextCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACES",
+        help="Keep what was computed of prompts beyond the device: memory; disk, the user's cache folder, or ./FOLDER; "
+        "redis://HOST:PORT, for many instances. Several with commas; memory is always one.",
+    ),
+]
+ContextCacheMemoryOption = Annotated[float, typer.Option(min=0, help="Gigabytes of it in memory.")]
+ContextCacheDiskOption = Annotated[float, typer.Option(min=0, help="Gigabytes of it on disk.")]
+ContextCacheSharedOption = Annotated[
+    float, typer.Option(min=0, help="Gigabytes that a tenant may have of it in the server for many instances.")
+]
 UrlOption = Annotated[
     str | None, typer.Option(help="Ask the OpenAI-compatible server there, rather than a model in this process.")
 ]

@@ -10,6 +10,10 @@ import typer
 
 from jaxserve.cli.devices import emulate
 from jaxserve.cli.options import (
+    ContextCacheDiskOption,
+    ContextCacheMemoryOption,
+    ContextCacheOption,
+    ContextCacheSharedOption,
     DevicesOption,
     DtypeOption,
     KvCacheDtypeOption,
@@ -55,6 +59,10 @@ def serve(
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    context_cache: ContextCacheOption = None,
+    context_cache_memory_gb: ContextCacheMemoryOption = 1.0,
+    context_cache_disk_gb: ContextCacheDiskOption = 16.0,
+    context_cache_shared_gb: ContextCacheSharedOption = 64.0,
     devices: DevicesOption = None,
     mesh: MeshOption = None,
     chat_template: Annotated[
@@ -152,8 +160,11 @@ def serve(
 
     def load() -> "LLM":
         from jaxserve.checkpoints.hub import locate
+        from jaxserve.context import store_at
         from jaxserve.llm import LLM
 
+        sizes = context_cache_memory_gb, context_cache_disk_gb, context_cache_shared_gb
+        store = store_at(context_cache, *sizes) if context_cache is not None else None
         locate(model)  # a name that is wrong is told before anything else
         if not notes.is_terminal:  # where it is, a bar shows more
             notes.print(f"loading {options.names[0]}", soft_wrap=True)
@@ -171,6 +182,7 @@ def serve(
                 max_num_queued=max_num_queued,
                 num_speculative_tokens=num_speculative_tokens,
                 cache_bytes=int(cache_gb * 2**30),
+                context_cache=store,
             )
         if chat_template:
             llm.tokenizer.chat_templates = {"default": chat_template.read_text(encoding="utf-8")}

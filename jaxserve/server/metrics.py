@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from prometheus_client.registry import Collector
 from jaxserve.counters import Counters
 from jaxserve.request import Output, Request
 from jaxserve.server.load import ExpertLoad
+from jaxserve.tiers.counters import TierCounters
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
@@ -210,6 +212,12 @@ class EngineCollector(Collector):
         }  # fmt: skip
         yield self._split("jaxserve:step_seconds", "Of steps; exposed: the device had nothing to do.", "part", seconds)
 
+        for field in fields(TierCounters):
+            text = f"Of the context cache, by tier: {TIERS[field.name]}."
+            values = {tier: getattr(counters, field.name) for tier, counters in c.tiers.items()}
+            if values:
+                yield self._split(f"jaxserve:context_cache_{field.name}", text, "tier", values)
+
     def _with(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric(list(self._labels.values()), value)
         return family
@@ -219,6 +227,20 @@ class EngineCollector(Collector):
         for each, value in values.items():
             family.add_metric([*self._labels.values(), each], value)
         return family
+
+
+TIERS = {
+    "hits": "pages that were found",
+    "misses": "pages that were not",
+    "read_bytes": "bytes of pages that were found",
+    "written_bytes": "bytes of pages that were kept",
+    "read_seconds": "seconds of looking",
+    "write_seconds": "seconds of keeping",
+    "evicted": "pages that made room for others",
+    "damaged": "pages that were not what had been kept",
+    "failed": "operations that a disk or server refused",
+    "dropped": "pages that were not kept: too many, too large, or a server that is down",
+}
 
 
 class LoadCollector(Collector):

@@ -127,6 +127,7 @@ class Life:
             engine.fail(ShutDownError("the server was shut down before the answer was complete; ask another one"))
             await self._first(self.service.drain(), asyncio.sleep(GRACE))  # everybody is being told
         await engine.stop()
+        await self._first(_in_thread(llm.close), asyncio.sleep(GRACE))
         return FAILED if engine.failure else DRAINED
 
     def _circumstances(self, llm: LLM) -> str:
