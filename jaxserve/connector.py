@@ -192,19 +192,21 @@ class Connector:
         return future
 
     def _fetch(self, namespace: str, keys: list[Key], first: int) -> Brought | None:
-        """What the store has of some pages of which `first` others are before."""
+        """What the store has of some pages of which `first` others are before; if it fails, they are computed."""
+        try:
+            return self._find(namespace, keys, first)
+        except Exception:
+            log.exception("pages could not be fetched from the store")
+            return None
+
+    def _find(self, namespace: str, keys: list[Key], first: int) -> Brought | None:
         assert self.store is not None and self._kind is not None
         prefetch = self.store.prefetch(namespace, [self._kind.key(key) for key in keys])
         values = prefetch.wait(PATIENCE)
         prefetch.cancel()
         if not values:
             return None
-        try:
-            pages = self.layout.unpack(values)
-        except ValueError as error:
-            log.warning("pages of the store are not used: %s", error)
-            return None
-        return Brought(first, (first + len(values)) * self._page_size, pages)
+        return Brought(first, (first + len(values)) * self._page_size, self.layout.unpack(values))
 
     def _pull(self, handover: Handover) -> Brought:
         """The pages of another engine. Raises TransferError if they can't be had any more."""

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import reprlib
 import time
 import warnings
 import zlib
@@ -190,6 +191,8 @@ class Engine:
             )
         if not isinstance(request.priority, int):
             raise RequestError(f"priority = {request.priority!r}: it must be a whole number")
+        if not isinstance(request.cache_salt, str) or not _is_text(request.cache_salt):
+            raise RequestError(f"cache_salt = {reprlib.repr(request.cache_salt)}: it must be a text")
         if request.answered and (p.n != 1 or p.prompt_logprobs is not None):
             raise RequestError("answered: it goes with n = 1 and without prompt_logprobs")
         if request.answered and (known := len(tokens) + len(request.answered)) >= self.max_model_len:
@@ -463,6 +466,15 @@ class Engine:
         c.preemptions, c.pages_used = sum(s.preemptions for s in ranks), sum(s.pool.used for s in ranks)
         c.prompt_tokens, c.cached_tokens = sum(s.queried for s in ranks), sum(s.hit for s in ranks)
         c.late_compiled, c.tiers = self._programs.late, self._porter.tiers
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _checksum(model: Model) -> int:

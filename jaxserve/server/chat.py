@@ -43,7 +43,7 @@ async def make_call(service: Service, body: ChatRequest, id: str) -> "ChatCall":
     form = manner.form(body, params.structured_outputs, tokenizer.added)
     skip = params.skip_special_tokens and not manner.shows_special
     params = replace(params, structured_outputs=form, skip_special_tokens=skip)
-    request = Request(id, tuple(ids), params, None, body.priority or 0)
+    request = Request(id, tuple(ids), params, None, body.priority or 0, body.cache_salt or "")
     return ChatCall(id, service.names[0], body, request, tokenizer, manner)
 
 

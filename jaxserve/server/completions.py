@@ -29,7 +29,7 @@ async def make_call(service: Service, body: CompletionRequest, id: str) -> "Comp
     max_tokens = service.most_tokens(1 if only_echo else body.max_tokens, DEFAULT_MAX_TOKENS)
     params = sampling_params(body, max_tokens, body.logprobs, body.logprobs if body.echo else None)
     requests = [
-        Request(f"{id}-{number}", tuple(ids), params, text, body.priority or 0)
+        Request(f"{id}-{number}", tuple(ids), params, text, body.priority or 0, body.cache_salt or "")
         for number, (ids, text) in enumerate(zip(tokens, texts, strict=True))
     ]
     return CompletionCall(id, service.names[0], body, requests, service.loaded.tokenizer, only_echo)

@@ -72,6 +72,7 @@ class Sampled(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     structured_outputs: Structured | None = None
     priority: int | None = None
+    cache_salt: str | None = None
 
 
 class CompletionRequest(Sampled):

@@ -389,6 +389,8 @@ def test_who_goes_away_while_pages_come_or_leave_leaves_nothing_behind():
 
 
 REFUSED = {
+    "cache_salt = 5: it must be a text": {"cache_salt": 5},
+    "cache_salt = '.udc80': it must be a text": {"cache_salt": "\udc80"},
     "export: .*n or max_tokens is not 1": {"export": True},
     "handover: .*or prompt_logprobs are asked for": {
         "handover": Handover("127.0.0.1", 1, "it", 3), "params": replace(GREEDY, prompt_logprobs=1)

@@ -68,6 +68,7 @@ SAMPLED = {
     "stream_options": st.fixed_dictionaries({"include_usage": st.booleans()}),
     "user": st.text(),
     "priority": st.integers(-3, 3),
+    "cache_salt": st.text(),
     **{
         name: st.none() | st.booleans()
         for name in ("stream", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output")

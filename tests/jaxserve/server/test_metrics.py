@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import fields
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +12,7 @@ from jaxserve.counters import Counters
 from jaxserve.request import Output, Request
 from jaxserve.server import metrics as module
 from jaxserve.server.metrics import Metrics
+from jaxserve.tiers.counters import TierCounters
 from tests.jaxserve.server.conftest import eventually
 
 pytestmark = pytest.mark.xdist_group("server")
@@ -149,3 +151,12 @@ def test_experts_load_is_fetched_at_most_once_a_second(server, monkeypatch):
             assert http.get("/stats").status_code == 200
     assert 1 <= len(calls) <= 4
     assert all(later - earlier >= 1.0 for earlier, later in zip(calls, calls[1:], strict=False))
+
+
+def test_tiers_of_the_context_cache_are_told_apart():
+    tiers = {"memory": TierCounters(hits=3, read_bytes=300), "disk": TierCounters(hits=1, damaged=2)}
+    found = samples(Metrics(lambda: Counters(tiers=tiers), "m").text().decode())
+    for field in fields(TierCounters):
+        for name, counters in tiers.items():
+            shown = found[f"jaxserve:context_cache_{field.name}_total" + json.dumps({"tier": name})]
+            assert shown == getattr(counters, field.name)
