@@ -123,11 +123,23 @@ def handed_over(first: Engine, second: Engine, asked: list[Request]) -> list[lis
 
 
 @functools.cache
-def expected(params: SamplingParams, drafts: int, int8: bool) -> list[list[int]]:
-    """Of an engine on one device to which nothing comes from elsewhere."""
-    engine = connected("embedded", drafts, int8=int8)
+def expected(params: SamplingParams, drafts: int, int8: bool, ranks: int = 1) -> list[list[int]]:
+    """Of an engine to which nothing comes from elsewhere."""
+    engine = connected("embedded", drafts, ranks, int8)
     forget(engine)
     return answers(engine, requests("embedded", params))
+
+
+@functools.cache
+def certain(params: SamplingParams, drafts: int, int8: bool) -> list[int]:
+    """Which answers don't depend on how many ranks there are.
+
+    Sums of floats do, in the last bit; in INT8 such a bit can change a code, and a code a token that was close.
+    """
+    each = [expected(params, drafts, int8, ranks) for ranks in (1, 2, 4)]
+    found = [number for number, said in enumerate(zip(*each, strict=True)) if said[0] == said[1] == said[2]]
+    assert len(found) >= (12 if int8 else 16)
+    return found
 
 
 FORMS = [
@@ -144,7 +156,9 @@ FORMS = [
 @pytest.mark.parametrize(("drafts", "int8"), FORMS)
 def test_an_engine_answers_what_another_has_read_as_if_it_had_itself(drafts, int8, prefilling, decoding, params):
     first, second = (connected("embedded", drafts, ranks, int8) for ranks in (prefilling, decoding))
-    assert handed_over(first, second, requests("embedded", params)) == expected(params, drafts, int8)
+    found, wanted = handed_over(first, second, requests("embedded", params)), expected(params, drafts, int8)
+    for number in certain(params, drafts, int8):
+        assert found[number] == wanted[number]
 
 
 @pytest.fixture
@@ -181,26 +195,27 @@ def stores(state: str, folder: Path, opened: ExitStack) -> StoreConfig:
 @pytest.mark.parametrize(("drafts", "int8"), FORMS)
 def test_pages_that_were_kept_give_the_same_tokens(drafts, int8, ranks, state, params, tmp_path, opened):
     engine, config = connected("embedded", drafts, ranks, int8), stores(state, tmp_path, opened)
+    wanted = expected(params, drafts, int8, ranks)
     forget(engine)
     with stored(engine, open_store(config)) as store:
-        assert answers(engine, requests("embedded", params)) == expected(params, drafts, int8)
+        assert answers(engine, requests("embedded", params)) == wanted
         connector_of(engine).flush()
         assert store.flush(SECONDS)
         if state != "restarted":
-            hit_again(engine, params, drafts, int8)
+            hit_again(engine, params, wanted)
             assert store.counters()[state].hits > 0
     if state == "restarted":
         with stored(engine, open_store(config)) as store:
-            hit_again(engine, params, drafts, int8)
+            hit_again(engine, params, wanted)
             assert store.counters()["disk"].hits > 0
 
 
-def hit_again(engine: Engine, params: SamplingParams, drafts: int, int8: bool) -> None:
+def hit_again(engine: Engine, params: SamplingParams, wanted: list[list[int]]) -> None:
     """Asked again, when the device has forgotten all, whole pages of prompts are found."""
     forget(engine)
     before = sum(scheduler.hit for scheduler in engine._schedulers)
     asked = requests("embedded", params)
-    assert answers(engine, asked) == expected(params, drafts, int8)
+    assert answers(engine, asked) == wanted
     least = sum((len(each.prompt_token_ids) - 1) // PAGE * PAGE for each in asked)
     assert sum(scheduler.hit for scheduler in engine._schedulers) - before >= least
 
