@@ -25,7 +25,8 @@ from jaxserve.checkpoints.hub import TOKENIZER_FILES, locate
 from jaxserve.client import Client
 from jaxserve.compilation import enable_cache
 from jaxserve.layers.config import Config
-from jaxserve.llm import check_vocabulary, open_checkpoint, resolve_dtype
+from jaxserve.llm import check_vocabulary, resolve_dtype
+from jaxserve.models import open_checkpoint
 from jaxserve.progress import Progress
 from jaxserve.tokenizer import Tokenizer
 

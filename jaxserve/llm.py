@@ -13,12 +13,10 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxserve import options as sizes
-from jaxserve.checkpoints import hf, store
+from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.formats import find_format
 from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache, executables_folder
@@ -30,8 +28,9 @@ from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import in_int8
 from jaxserve.layers.spread import in_order, spread
 from jaxserve.layers.transformer import Model, model_params
+from jaxserve.models import find_cache, open_checkpoint, open_weights, resolve_dtype
 from jaxserve.options import EngineConfig
-from jaxserve.parallel.errors import CheckpointError, ConfigError, RequestError, ShardingError
+from jaxserve.parallel.errors import CheckpointError, RequestError, ShardingError
 from jaxserve.parallel.mesh import find_shape, make_mesh
 from jaxserve.progress import Progress, bar
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
@@ -64,6 +63,9 @@ class LLM:
     `context_cache` keeps what was computed of prompts beyond the cache on the device: True, in memory and in the user's
     cache folder; or as a `StoreConfig` says, in a server too that many instances share.
 
+    `model_cache` is a folder where weights are kept as the engine takes them, from where the next instance maps them.
+    Without it they are looked for where `jaxserve models prefetch` puts them; "off": nowhere.
+
     Programs are compiled before the first request and kept on disk for the next time, unless JAX's own options for that
     say otherwise; a bar shows how far it is, or `progress` is told.
     """
@@ -76,6 +78,7 @@ class LLM:
         quantization: str | None = None,
         mesh: Mesh | str | None = None,
         context_cache: StoreConfig | bool | None = None,
+        model_cache: str | Path | None = None,
         progress: Progress | None = None,
         **options: Any,
     ):
@@ -94,20 +97,20 @@ class LLM:
             value = getattr(engine_config, name)
             if devices is None and value != getattr(EngineConfig(), name):
                 raise RequestError(f"{name} = {value!r}: it is for a mesh; give mesh too")
-        folder = locate(model)
+        folder, cache = locate(model), find_cache(model_cache)
         self.tokenizer = Tokenizer.from_folder(folder)
         raw = hf.read_json(folder)
         announced = Config.from_hf(raw)
         check_vocabulary(self.tokenizer, announced, folder)
         resolved, int8 = resolve_dtype(dtype, raw), quantization is not None
         sizes.check(announced, engine_config, resolved)  # before what takes long
-        checkpoint = open_checkpoint(folder)
-        cfg = checkpoint.cfg
-        check_room(cfg, engine_config, resolved, devices, checkpoint.params(resolved, int8))
+        found = open_weights(model, folder, resolved, int8, cache)
+        cfg = found.cfg
+        check_room(cfg, engine_config, resolved, devices, found.params)
         if obstacle := enable_cache():
             warnings.warn(f"compiled programs can't be kept for the next time: {obstacle}", stacklevel=2)
         with nullcontext(progress) if progress else bar() as tell:
-            weights = checkpoint.read(dtype=resolved, int8=int8, progress=partial(tell, "loading"))
+            weights = found.read(partial(tell, "loading"))
             self._connector = make_connector(weights, cfg, engine_config, context_cache)
             if devices:
                 extra = engine_config.num_redundant_experts, engine_config.num_shared_expert_ranks
@@ -317,11 +320,6 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def open_checkpoint(folder: Path) -> hf.Checkpoint | store.Store:
-    """A folder that `checkpoints.store` saved, or a Hugging Face checkpoint."""
-    return store.open_store(folder) if store.is_store(folder) else hf.open_checkpoint(folder)
-
-
 def describe_weights(folder: Path, raw: Mapping[str, Any], cfg: Config, dtype: Any) -> Model:
     """The tree of `Param` of a folder's weights: by the files' headers, without them by what is announced."""
     try:
@@ -339,16 +337,6 @@ def check_vocabulary(tokenizer: Tokenizer, cfg: Config, folder: Path) -> None:
             f"{cfg.vocab_size}; "
             "they are not of the same model, fetch both again"
         )
-
-
-def resolve_dtype(dtype: str, raw: Mapping[str, Any]) -> Any:
-    """The dtype by its name, or what "auto" stands for on this machine."""
-    if dtype == "auto":
-        cpu = jax.default_backend() == "cpu"
-        dtype = "float32" if cpu else raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype {dtype!r} is not supported; supported: auto, float32, bfloat16, float16")
-    return jnp.dtype(dtype)
 
 
 def _empty_result(id: str, request: Request) -> RequestOutput:

@@ -19,7 +19,8 @@ from jaxserve.checkpoints.hub import EMBEDDED, check_new, locate
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import is_int8, is_quantized, multiplied
 from jaxserve.layers.transformer import Model, model_params
-from jaxserve.llm import check_vocabulary, open_checkpoint, resolve_dtype
+from jaxserve.llm import check_vocabulary, resolve_dtype
+from jaxserve.models import open_checkpoint
 from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.qarray import BOUND, QArray
 from jaxserve.parallel.sharding import CODES_STD, Param

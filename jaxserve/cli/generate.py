@@ -14,6 +14,7 @@ from jaxserve.cli.options import (
     MaxTokensOption,
     MeshOption,
     MinPOption,
+    ModelCacheOption,
     ModelOption,
     NumProcessesOption,
     ProcessIdOption,
@@ -47,6 +48,7 @@ def generate(
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    model_cache: ModelCacheOption = None,
     devices: DevicesOption = None,
     mesh: MeshOption = None,
     coordinator: CoordinatorOption = None,
@@ -81,6 +83,7 @@ def generate(
             dtype=dtype,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
+            model_cache=model_cache,
             max_model_len=max_model_len,
             mesh=mesh,
         )

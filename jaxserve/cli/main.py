@@ -15,6 +15,7 @@ from jaxserve.cli.chat import chat
 from jaxserve.cli.evaluate import evaluate
 from jaxserve.cli.generate import generate
 from jaxserve.cli.info import info
+from jaxserve.cli.models import models
 from jaxserve.cli.plan import plan
 from jaxserve.cli.quantize import quantize
 from jaxserve.cli.serve import serve
@@ -31,6 +32,7 @@ for _command in (generate, chat, serve, info, quantize, plan):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
+app.add_typer(models, name="models")
 
 VersionOption = Annotated[bool, typer.Option("--version", help="Show the version and exit.")]
 

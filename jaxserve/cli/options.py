@@ -36,6 +36,13 @@ KvCacheDtypeOption = Annotated[
     Literal["auto", "int8"],
     typer.Option(help="Of the cache; int8: latents in INT8, keys in 16 bits; auto: that of activations."),
 ]
+ModelCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|off",
+        help="Keep weights there as they run, for the next to map; without it, look where models prefetch keeps them.",
+    ),
+]
 DevicesOption = Annotated[
     int | None,
     typer.Option(min=1, help="On CPU, emulate so many devices in this process; without it, those that --mesh needs."),
