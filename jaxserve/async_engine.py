@@ -112,15 +112,28 @@ class AsyncEngine:
         """Requests that somebody waits for."""
         return len(self._inboxes)
 
-    async def stop(self) -> None:
-        """Ends the thread after the step that it makes; one that hangs is left behind. All who still wait are told."""
+    async def stop(self) -> bool:
+        """Ends the thread after the step that it makes; all who still wait are told.
+
+        One that hangs is left behind, and keeps the engine's memory. Whether it has ended.
+        """
         self._watch.cancel()
         with self._wake:
             self._stopped = True
             self._wake.notify()
         if not self.failure:
             await asyncio.to_thread(self._thread.join, self._patience)
-        self._give_up(EngineError(STOPPED))
+        self.give_up(EngineError(STOPPED))
+        return not self._thread.is_alive()
+
+    async def release(self) -> bool:
+        """Stops, and forgets the engine, so that slow clients, who still hold this one, don't hold its weights.
+
+        Whether it could: a thread that hangs keeps them.
+        """
+        if ended := await self.stop():
+            del self.engine
+        return ended
 
     async def _take(
         self, inbox: asyncio.Queue[Output | EngineError], answers: int, deadline: float | None
@@ -151,10 +164,11 @@ class AsyncEngine:
         if self.failure or self._stopped:
             return
         self.failure = why
-        self._give_up(why)
+        self.give_up(why)
         self.failed.set()
 
-    def _give_up(self, error: EngineError) -> None:
+    def give_up(self, error: EngineError) -> None:
+        """Tells all who wait now that there will be no answer; others may come."""
         for inbox in self._inboxes.values():
             inbox.put_nowait(error)
         for answer in list(self._asked):

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -20,12 +21,15 @@ from jaxserve.cli.options import (
     MaxModelLenOption,
     MeshOption,
     ModelArgument,
+    ModelCacheOption,
     QuantizationOption,
 )
 from jaxserve.cli.show import notes, progress
 from jaxserve.parallel.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxserve.llm import LLM
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -63,6 +67,11 @@ def serve(
     context_cache_memory_gb: ContextCacheMemoryOption = 1.0,
     context_cache_disk_gb: ContextCacheDiskOption = 16.0,
     context_cache_shared_gb: ContextCacheSharedOption = 64.0,
+    model_cache: ModelCacheOption = None,
+    loadable: Annotated[
+        list[str] | None,
+        typer.Option(help="Another model that clients may have served, besides those in the model cache; repeatable."),
+    ] = None,
     devices: DevicesOption = None,
     mesh: MeshOption = None,
     chat_template: Annotated[
@@ -158,23 +167,24 @@ def serve(
     )
     mesh = emulate(devices, mesh)
 
-    def load() -> "LLM":
+    def load(name: str | None) -> "LLM":
         from jaxserve.checkpoints.hub import locate
         from jaxserve.context import store_at
         from jaxserve.llm import LLM
 
         sizes = context_cache_memory_gb, context_cache_disk_gb, context_cache_shared_gb
         store = store_at(context_cache, *sizes) if context_cache is not None else None
-        locate(model)  # a name that is wrong is told before anything else
+        locate(name)  # a name that is wrong is told before anything else
         if not notes.is_terminal:  # where it is, a bar shows more
-            notes.print(f"loading {options.names[0]}", soft_wrap=True)
+            notes.print(f"loading {options.names[0] if name == model else name}", soft_wrap=True)
         with progress() as shown:
             llm = LLM(
-                model,
+                name,
                 progress=shown,
                 dtype=dtype,
                 quantization=quantization,
                 kv_cache_dtype=kv_cache_dtype,
+                model_cache=model_cache,
                 mesh=mesh,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -184,12 +194,20 @@ def serve(
                 cache_bytes=int(cache_gb * 2**30),
                 context_cache=store,
             )
-        if chat_template:
+        if chat_template and name == model:
             llm.tokenizer.chat_templates = {"default": chat_template.read_text(encoding="utf-8")}
         return llm
 
+    def find(name: str) -> "Callable[[], LLM]":
+        from jaxserve.models import find_cache, is_kept
+
+        if name not in (loadable or ()) and not is_kept(find_cache(model_cache), name, dtype, quantization == "int8"):
+            where = "in the model cache, in the form that is served here, nor was it named with --loadable"
+            raise RequestError(f"model = {name!r}: it is neither {where}; `jaxserve models prefetch` puts it there")
+        return partial(load, name)
+
     _log(log_requests)
-    status = serve(load, options, lambda line: notes.print(line, soft_wrap=True))
+    status = serve(partial(load, model), options, lambda line: notes.print(line, soft_wrap=True), find)
     notes.print("stopped" if status == 0 else "stopped, with answers lost")
     sys.stderr.flush()
     os._exit(status)  # a thread that loads or hangs can't be waited for

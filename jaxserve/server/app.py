@@ -25,7 +25,14 @@ from jaxserve.server.answering import respond
 from jaxserve.server.auth import Auth, Names
 from jaxserve.server.errors import ApiError, decode, json_response
 from jaxserve.server.openapi import describe
-from jaxserve.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
+from jaxserve.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadRequest,
+    Sampled,
+    TokenizeRequest,
+)
 from jaxserve.server.service import Limits, Service
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -69,6 +76,9 @@ def _routes(service: Service) -> list[Route | Mount]:
     async def detokenize(http: Request) -> Response:
         return json_response(await probes.detokenize(service, await read(http, DetokenizeRequest, limits)))
 
+    async def load(http: Request) -> Response:
+        return json_response(await probes.load(service, await read(http, LoadRequest, limits)))
+
     async def show(http: Request) -> Response:
         return json_response(await probes.stats(service))
 
@@ -80,6 +90,7 @@ def _routes(service: Service) -> list[Route | Mount]:
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", converse, methods=["POST"]),
         Route("/v1/models", _get(lambda http: json_response(probes.models(service)))),
+        Route("/v1/models/load", load, methods=["POST"]),
         Route("/v1/models/{name:path}", _get(lambda http: json_response(probes.model(service, _name(http))))),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),

@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("jaxserve.server")
 
+AGAIN = {"Retry-After": "5"}
+"""For clients of a server that can't answer now."""
+
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -58,7 +61,7 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestError():
             return ApiError(400, str(error), param=_param(str(error)))
         case ShutDownError():
-            return ApiError(503, str(error), code="shut_down", headers={"Retry-After": "5"})
+            return ApiError(503, str(error), code="shut_down", headers=AGAIN)
         case EngineError():
             return ApiError(503, str(error), code="engine_failed")
         case TimeoutError():

@@ -10,7 +10,17 @@ from starlette.responses import Response
 from jaxserve import __version__
 from jaxserve.server.chat import render
 from jaxserve.server.errors import ApiError, json_response
-from jaxserve.server.protocol import ChatRequest, DetokenizeRequest, Model, Models, Text, TokenizeRequest, Tokens
+from jaxserve.server.protocol import (
+    ChatRequest,
+    DetokenizeRequest,
+    LoadedModel,
+    LoadRequest,
+    Model,
+    Models,
+    Text,
+    TokenizeRequest,
+    Tokens,
+)
 from jaxserve.server.service import Service
 
 
@@ -37,6 +47,13 @@ def models(service: Service) -> Models:
 def model(service: Service, name: str) -> Model:
     service.check_model(name)
     return next(each for each in models(service).data if each.id == name)
+
+
+async def load(service: Service, body: LoadRequest) -> LoadedModel:
+    """Has another model served; answers when it is."""
+    began = time.monotonic()
+    await service.switch(body.model)
+    return LoadedModel(body.model, round(time.monotonic() - began, 3))
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:

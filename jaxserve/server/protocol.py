@@ -311,6 +311,19 @@ class Models(msgspec.Struct):
     object: str = "list"
 
 
+class LoadRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """`POST /v1/models/load`."""
+
+    model: str
+
+
+class LoadedModel(msgspec.Struct):
+    """What is served now, and what it took."""
+
+    model: str
+    seconds: float
+
+
 class Tokens(msgspec.Struct):
     """`POST /tokenize`."""
 

@@ -1,6 +1,8 @@
 """A server's life: it listens, loads the model, serves, and ends as its supervisor expects."""
 
 import asyncio
+import gc
+import logging
 import socket
 import threading
 import time
@@ -14,14 +16,20 @@ import uvicorn
 from jaxserve.async_engine import AsyncEngine, post, settle
 from jaxserve.describe import human
 from jaxserve.llm import LLM
-from jaxserve.parallel.errors import RequestError, ShutDownError
+from jaxserve.parallel.errors import JaxserveError, RequestError, ShutDownError
 from jaxserve.server.app import make_app
+from jaxserve.server.errors import AGAIN, ApiError
 from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
-from jaxserve.server.service import Limits, Loaded, Service
+from jaxserve.server.service import Limits, Loaded, Servable, Service
 from jaxserve.server.wire import Protocol
 
 T = TypeVar("T")
+
+log = logging.getLogger("jaxserve.server")
+
+Find = Callable[[str], Callable[[], LLM]]
+"""What loads the model of a name."""
 
 DRAINED, FAILED = 0, 1
 """Exit statuses: all that was accepted is answered; the engine has failed, or the time to end was not enough."""
@@ -57,15 +65,24 @@ class Server(uvicorn.Server):
         self._on_signal()
 
 
-def serve(load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None] = lambda line: None) -> int:
+def no_other(name: str) -> Callable[[], LLM]:
+    """For servers that have one model."""
+    raise RequestError(f"model = {name!r}: this server has no other model than its own")
+
+
+def serve(
+    load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None] = lambda line: None,
+    find: Find = no_other,
+) -> int:  # fmt: skip
     """Serves a model until a signal ends it; gives the exit status.
 
     SIGTERM, or Ctrl-C: what was accepted is finished, what comes is refused; the second time, nothing is finished.
-    `tell` is told where it serves, and what it waits for when it is to end. Raises RequestError if it can't listen, or
-    not with these certificates, and what `load` raises.
+    `tell` is told where it serves, and what it waits for when it is to end. `find` gives what loads another model that
+    clients may have served instead, and raises RequestError for those that they may not. Raises RequestError if it
+    can't listen, or not with these certificates, and what `load` raises.
     """
     with listen(options.host, options.port) as sock:
-        return asyncio.run(Life(load, options, tell).live(sock))
+        return asyncio.run(Life(load, options, tell, find).live(sock))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -81,9 +98,18 @@ def listen(host: str, port: int) -> socket.socket:
 class Life:
     """From listening to the end."""
 
-    def __init__(self, load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None]):
-        self._load, self._options, self._tell, self._began = load, options, tell, time.monotonic()
-        self.service = Service(options.names, options.limits)
+    def __init__(
+        self, load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None], find: Find = no_other
+    ):
+        """`find` gives other models that clients may have served."""
+        self._options, self._tell, self._find = options, tell, find
+        self._first_model = self._model = Servable(options.names, load)
+        self._engine: AsyncEngine | None = None  # None: nothing is loaded
+        self.service = Service(options.names, options.limits, self._servable)
+
+    def _servable(self, name: str) -> Servable:
+        """A model that may be served, by its name."""
+        return self._first_model if name in self._first_model.names else Servable([name], self._find(name))
 
     async def live(self, sock: socket.socket) -> int:
         """Answers from the first moment on, until the model is loaded with 503."""
@@ -108,16 +134,79 @@ class Life:
             await serving
 
     async def _run(self, url: str) -> int:
-        llm = await self._first(_in_thread(self._load), self._end.wait())
+        if said := await self._open(self._first_model):
+            self._tell(f"{self.service.names[0]} is served at {url}\n{said}")
+        while self._engine and await self._is_wished(self._engine):
+            await self._switch()
+        ended = ApiError(503, "the server is shutting down; ask another one", code="draining", headers=AGAIN)
+        self.service.end_wish(ended)
+        if self._engine:
+            return await self._close(self._engine)
+        return DRAINED if self._end.is_set() else FAILED
+
+    async def _open(self, model: Servable) -> str:
+        """Loads a model and has it served; says what it is, or nothing if the server is to end meanwhile."""
+        began = time.monotonic()
+        llm = await self._first(_in_thread(model.load), self._end.wait())
         if not isinstance(llm, LLM):
-            return DRAINED
-        metrics = Metrics(lambda: llm.engine.counters, self._options.names[0])
-        engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
-        load = ExpertLoad(engine)
-        metrics.watch_load(load)
-        self.service.ready(Loaded(engine, llm.tokenizer, metrics, load))
-        self._tell(f"{self._options.names[0]} is served at {url}\n{self._circumstances(llm)}")
-        await self._first(self._end.wait(), engine.failed.wait())
+            return ""
+        counters, self._model = llm.engine.counters, model
+        metrics = Metrics(lambda: counters, model.names[0])
+        self._engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
+        experts = ExpertLoad(self._engine)
+        metrics.watch_load(experts)
+        self.service.ready(Loaded(self._engine, llm.tokenizer, metrics, experts), model.names)
+        return self._circumstances(llm, time.monotonic() - began)
+
+    async def _is_wished(self, engine: AsyncEngine) -> bool:
+        """Waits until another model is wished for, or the server is to end."""
+        await self._first(self._end.wait(), engine.failed.wait(), self.service.wished.wait())
+        return not self._end.is_set() and not engine.failure
+
+    async def _switch(self) -> None:
+        """Serves the model that is wished for; the one before, if that can't be loaded; none, if the server is to end.
+
+        The weights of two may not fit into memory, so that of the old ones is given back first.
+        """
+        assert self._engine and self.service.wish
+        wished, before = self.service.wish.model, self._model
+        self._tell(f"{wished.names[0]} is to be served; {self.service.open} requests are finished before")
+        await self._finish(self._engine)
+        if self._engine.failure or self._end.is_set():
+            return
+        ended, self._engine = await self._engine.release(), None
+        self.service.unload()
+        gc.collect()
+        if not ended:  # a step hangs, and keeps the weights
+            return
+        if fault := await self._try(wished):
+            gc.collect()  # what had been loaded of it
+            another = await self._try(before)
+            now = f"nor could {before.names[0]} again: {another}" if another else f"{before.names[0]} is served again"
+            fault = f"{wished.names[0]} could not be loaded: {fault}; {now}"
+        if self._engine or fault:
+            self.service.end_wish(ApiError(500, fault, param="model", code="not_loaded") if fault else None)
+
+    async def _try(self, model: Servable) -> str:
+        """Loads a model and says why it can't be, if so."""
+        try:
+            if said := await self._open(model):
+                self._tell(f"{model.names[0]} is served\n{said}")
+            return ""
+        except Exception as error:  # of whatever kind: the server is to go on
+            log.exception("%s could not be loaded", model.names[0])
+            return str(error) if isinstance(error, JaxserveError) else f"{type(error).__name__}: {error}"
+
+    async def _finish(self, engine: AsyncEngine) -> None:
+        """Lets an engine answer what was accepted, while there is time."""
+        enough = asyncio.sleep(self._options.drain_timeout)
+        await self._first(self.service.idle.wait(), engine.failed.wait(), self._hurry.wait(), enough)
+        if not self.service.idle.is_set():
+            engine.give_up(ShutDownError("another model is loaded, and there was no time for the answer; ask again"))
+            await self._first(self.service.idle.wait(), asyncio.sleep(GRACE))  # everybody is being told
+
+    async def _close(self, engine: AsyncEngine) -> int:
+        """Finishes what was accepted, or gives it up when there is no more time for it; gives the exit status."""
         if self.service.open and not engine.failure:
             count, most = self.service.open, f"{self._options.drain_timeout:g} s at most"
             self._tell(f"finishing {count} open request{'s' * (count > 1)}, {most}; Ctrl-C again gives up")
@@ -130,8 +219,8 @@ class Life:
         await self._first(_in_thread(llm.close), asyncio.sleep(GRACE))
         return FAILED if engine.failure else DRAINED
 
-    def _circumstances(self, llm: LLM) -> str:
-        c, memory, seconds = llm.engine.counters, llm.engine.memory, time.monotonic() - self._began
+    def _circumstances(self, llm: LLM, seconds: float) -> str:
+        c, memory = llm.engine.counters, llm.engine.memory
         room = f"cache of {c.pages * c.page_size:,} tokens ({human(memory.cache)})"
         longest = f"{c.slots} answers at once, of {llm.engine.max_model_len:,} tokens with their prompts"
         return f"{human(memory.weights)} weights, {room}, {longest}; ready after {seconds:.1f} s"

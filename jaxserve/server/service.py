@@ -3,16 +3,16 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jaxserve.async_engine import AsyncEngine
+from jaxserve.async_engine import AsyncEngine, settle
 from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Output, Request, SamplingParams
-from jaxserve.server.errors import ApiError
+from jaxserve.server.errors import AGAIN, ApiError
 from jaxserve.server.load import ExpertLoad
 from jaxserve.server.metrics import Metrics
 from jaxserve.tokenizer import Tokenizer
@@ -45,23 +45,70 @@ class Loaded(NamedTuple):
     load: ExpertLoad
 
 
-class Service:
-    """The model that is served. `state` is "loading" until it has what `ready` is given."""
+class Servable(NamedTuple):
+    """A model that can be served: how clients call it, and what loads it, in a thread of its own."""
 
-    def __init__(self, names: Sequence[str], limits: Limits):
-        """`names` are those that clients may call the model by; the first is its own."""
+    names: Sequence[str]
+    load: Callable[[], Any]
+
+
+class Wish(NamedTuple):
+    """Somebody wants another model to be served."""
+
+    model: Servable
+    answer: asyncio.Future[None]
+
+
+class Service:
+    """The model that is served. `state` is "loading" until it has what `ready` is given, and while it gets another."""
+
+    def __init__(self, names: Sequence[str], limits: Limits, find: Callable[[str], Servable]):
+        """`names` are those that clients may call the model by; the first is its own. `find` gives other models.
+
+        It raises RequestError for what is none that clients may have served.
+        """
+        self._find = find
         self.names, self.limits, self.created = list(names), limits, int(time.time())
         self._loaded: Loaded | None = None
         self._draining = False
+        self.wish: Wish | None = None  # for another model, until that is served, or can't be
+        self.wished = asyncio.Event()
         self._busy: Counter[str | None] = Counter()  # requests by key
         # What may take long has a thread of its own, so that others always find one.
         self._long, self._forms = ThreadPoolExecutor(1, "long texts"), ThreadPoolExecutor(1, "forms")
         self.idle = asyncio.Event()  # no request is being answered
         self.idle.set()
 
-    def ready(self, loaded: Loaded) -> None:
-        """The model is loaded and warm."""
-        self._loaded = loaded
+    def ready(self, loaded: Loaded, names: Sequence[str]) -> None:
+        """A model is loaded and warm, which clients call by these names."""
+        self._loaded, self.names = loaded, list(names)
+
+    def unload(self) -> None:
+        """Forgets the model: there is none until the next is ready."""
+        self._loaded = None
+
+    async def switch(self, name: str) -> None:
+        """Has another model served; returns when it is. Raises ApiError if it can't be, or not now."""
+        if name in self.names and self.state == "ready":
+            return
+        try:
+            model = await asyncio.to_thread(self._find, name)
+        except RequestError as error:
+            raise ApiError(404, str(error), param="model", code="model_not_found") from None
+        if self._draining:
+            raise _draining()
+        if self._loaded is None or self.wish:
+            raise _loading()
+        self.wish = Wish(model, asyncio.get_running_loop().create_future())
+        self.wished.set()
+        await self.wish.answer
+
+    def end_wish(self, error: Exception | None = None) -> None:
+        """Tells whoever wished for another model that it is there, or what went wrong."""
+        if self.wish:
+            settle(self.wish.answer, None, error)
+        self.wish = None
+        self.wished.clear()
 
     @property
     def state(self) -> State:
@@ -69,13 +116,15 @@ class Service:
             return "loading"
         if self._loaded.engine.failure:
             return "failed"
+        if self.wish:
+            return "loading"
         return "draining" if self._draining else "ready"
 
     @property
     def loaded(self) -> Loaded:
         """Raises ApiError while there is nothing yet."""
         if self._loaded is None:
-            raise ApiError(503, "the model is being loaded; try again", code="loading", headers={"Retry-After": "5"})
+            raise _loading()
         return self._loaded
 
     @property
@@ -91,8 +140,9 @@ class Service:
     async def accepted(self, key: str | None) -> AsyncIterator[None]:
         """A request of the owner of a key, while it is answered. Raises ApiError if it can't be now."""
         if self._draining:
-            message = "the server is shutting down, and finishes only what it has begun; ask another one"
-            raise ApiError(503, message, code="draining", headers={"Retry-After": "5", "Connection": "close"})
+            raise _draining()
+        if self.wish:
+            raise _loading()
         most = self.limits.concurrency
         if most is not None and self._busy[key] >= most:
             message = f"{most} requests of yours are being answered, as many as may be at once; wait for one of them"
@@ -169,3 +219,12 @@ class Service:
         numbers = {request.id: number for number, request in enumerate(requests)}
         async with self.loaded.engine.submit(requests, deadline) as outputs:
             yield ((numbers[output.request_id], output) async for output in outputs)
+
+
+def _loading() -> ApiError:
+    return ApiError(503, "the model is being loaded; try again", code="loading", headers=AGAIN)
+
+
+def _draining() -> ApiError:
+    message = "the server is shutting down, and finishes only what it has begun; ask another one"
+    return ApiError(503, message, code="draining", headers=AGAIN | {"Connection": "close"})
