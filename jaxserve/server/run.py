@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -195,6 +196,7 @@ class Life:
             return ""
         except Exception as error:  # of whatever kind: the server is to go on
             log.exception("%s could not be loaded", model.names[0])
+            traceback.clear_frames(error.__traceback__)  # which hold weights
             return str(error) if isinstance(error, JaxserveError) else f"{type(error).__name__}: {error}"
 
     async def _finish(self, engine: AsyncEngine) -> None:
