@@ -106,6 +106,7 @@ class Life:
         self._options, self._tell, self._find = options, tell, find
         self._first_model = self._model = Servable(options.names, load)
         self._engine: AsyncEngine | None = None  # None: nothing is loaded
+        self._llm: LLM | None = None
         self.service = Service(options.names, options.limits, self._servable)
 
     def _servable(self, name: str) -> Servable:
@@ -151,7 +152,7 @@ class Life:
         llm = await self._first(_in_thread(model.load), self._end.wait())
         if not isinstance(llm, LLM):
             return ""
-        counters, self._model = llm.engine.counters, model
+        counters, self._llm, self._model = llm.engine.counters, llm, model
         metrics = Metrics(lambda: counters, model.names[0])
         self._engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
         experts = ExpertLoad(self._engine)
@@ -177,6 +178,7 @@ class Life:
             return
         ended, self._engine = await self._engine.release(), None
         self.service.unload()
+        await self._let_go()
         gc.collect()
         if not ended:  # a step hangs, and keeps the weights
             return
@@ -218,8 +220,14 @@ class Life:
             engine.fail(ShutDownError("the server was shut down before the answer was complete; ask another one"))
             await self._first(self.service.drain(), asyncio.sleep(GRACE))  # everybody is being told
         await engine.stop()
-        await self._first(_in_thread(llm.close), asyncio.sleep(GRACE))
+        await self._let_go()
         return FAILED if engine.failure else DRAINED
+
+    async def _let_go(self) -> None:
+        """Closes the model, and forgets it."""
+        if self._llm:
+            await self._first(_in_thread(self._llm.close), asyncio.sleep(GRACE))
+        self._llm = None
 
     def _circumstances(self, llm: LLM, seconds: float) -> str:
         c, memory = llm.engine.counters, llm.engine.memory

@@ -2,6 +2,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from jaxserve import LLM, RequestError, SamplingParams
 from jaxserve.checkpoints import hf
-from jaxserve.checkpoints.blocks import Blocks
+from jaxserve.checkpoints.blocks import SMALL, Blocks
 from jaxserve.models import find_cache, is_kept, is_stale, open_cache, prefetch
 from tests.jaxserve.conftest import SIZE, with_few_shapes
 
@@ -33,7 +34,7 @@ def said(llm: LLM) -> list[int]:
     return llm.generate([[5, 7, 11]], GREEDY)[0].outputs[0].token_ids
 
 
-def weights(llm: LLM) -> list[np.ndarray]:
+def weights(llm: LLM) -> list[Any]:
     return jax.tree.leaves(llm.engine._model)  # type: ignore[attr-defined]
 
 
@@ -55,6 +56,17 @@ def test_tokens_are_the_same_with_and_without_the_cache(tiny_folder, tmp_path, m
     assert said(again) == tokens
     for one, other in zip(weights(again), weights(expected), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_large_weights_are_the_mapped_bytes_themselves(tmp_path):
+    """On CPU; no copy is made from the file to what programs are given."""
+    for _ in range(2):
+        llm = LLM(model_cache=tmp_path / "kept", **SIZE)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    large = [w for w in weights(llm) if w.nbytes > SMALL]
+    assert large and all(any(a <= w.unsafe_buffer_pointer() < b for a, b in ranges) for w in large)
 
 
 def test_nothing_is_kept_unless_a_folder_is_named_or_a_model_prefetched(tiny_folder, home, monkeypatch):
