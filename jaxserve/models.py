@@ -4,7 +4,6 @@ A user's folder is looked in by default, and only `jaxserve models prefetch` add
 large as its files. Whoever names a folder wants it filled.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +17,7 @@ from jaxserve.checkpoints import cached, hf, store
 from jaxserve.checkpoints.blocks import LIMIT, Blocks, Manifest
 from jaxserve.checkpoints.hf import Progress
 from jaxserve.checkpoints.hub import EMBEDDED, locate
+from jaxserve.compilation import cache_folder
 from jaxserve.folders import made_own
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model
@@ -43,7 +43,7 @@ class Weights(NamedTuple):
 
 def default_folder() -> Path:
     """Beside the programs that JAX has compiled. Raises RuntimeError if the user has no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve" / "models"
+    return cache_folder() / "models"
 
 
 def find_cache(model_cache: str | Path | None) -> Cache | None:
