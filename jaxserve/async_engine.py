@@ -1,24 +1,20 @@
 """An engine that a thread of its own steps, for many callers in an event loop."""
 
 import asyncio
-import logging
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from jaxserve.parallel.errors import EngineError, RequestError
 from jaxserve.request import Output, Request
+from jaxserve.runner import Runner
 from jaxserve.serving import Serving
 
 T = TypeVar("T")
 
-log = logging.getLogger("jaxserve.engine")
-
-FAILURES = 3
-"""Steps that may fail one after another; then the engine is given up."""
 FAILED = "the engine has failed, and the server ends:"
 STOPPED = "the engine has been stopped"
 LOOK = 0.1
@@ -38,8 +34,8 @@ class Observer(Protocol):
 class AsyncEngine:
     """Requests go to the engine's thread between two steps; what a step says comes back to the event loop at once.
 
-    If a step raises, the engine recovers: answers that ran end with an error. If it can't, or a step takes longer than
-    `patience`, the engine has failed for good: `failure` says why, all who wait get an EngineError, and whoever comes.
+    If the `Runner` gives the engine up, or a step takes longer than `patience`, the engine has failed for good:
+    `failure` says why, all who wait get an EngineError, and whoever comes.
     """
 
     def __init__(self, engine: Serving, observer: Observer, patience: float = 60.0):
@@ -51,12 +47,9 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._inboxes: dict[str, asyncio.Queue[Output | EngineError]] = {}
         self._asked: set[asyncio.Future[Any]] = set()
-        self._todo: deque[Callable[[], None]] = deque()
-        self._wake = threading.Condition()
         self._stopped = False
-        self._began: float | None = None  # the step that runs now, with what is asked before it
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        say, fail = partial(post, self._loop, self._hand_out), partial(post, self._loop, self._broken)
+        self.runner = Runner(engine, lambda outputs, good: say(outputs), fail)
         self._watch = self._loop.create_task(self._look_after())
 
     # For callers, in the event loop.
@@ -87,7 +80,7 @@ class AsyncEngine:
             for request in requests:
                 del self._inboxes[request.id]
                 self._observer.left(request, served)
-            self._tell(lambda: self._abort(requests))
+            self.runner.tell(lambda: self._abort(requests))
 
     async def ask(self, call: Callable[[], T]) -> T:
         """What `call` returns, which the engine's thread makes between two steps."""
@@ -104,7 +97,7 @@ class AsyncEngine:
                 result, error = None, raised
             post(self._loop, settle, answer, result, error)
 
-        self._tell(run)
+        self.runner.tell(run)
         return await answer
 
     @property
@@ -118,13 +111,12 @@ class AsyncEngine:
         One that hangs is left behind, and keeps the engine's memory. Whether it has ended.
         """
         self._watch.cancel()
-        with self._wake:
-            self._stopped = True
-            self._wake.notify()
+        self._stopped = True
+        self.runner.stop()
         if not self.failure:
-            await asyncio.to_thread(self._thread.join, self._patience)
+            await asyncio.to_thread(self.runner.join, self._patience)
         self.give_up(EngineError(STOPPED))
-        return not self._thread.is_alive()
+        return not self.runner.running
 
     async def release(self) -> bool:
         """Stops, and forgets the engine, so that slow clients, who still hold this one, don't hold its weights.
@@ -132,7 +124,7 @@ class AsyncEngine:
         Whether it could: a thread that hangs keeps them.
         """
         if ended := await self.stop():
-            del self.engine
+            del self.engine, self.runner.engine
         return ended
 
     async def _take(
@@ -154,10 +146,13 @@ class AsyncEngine:
 
     async def _look_after(self) -> None:
         while not self.failure:
-            began = self._began
+            began = self.runner.began
             if began is not None and time.monotonic() - began > self._patience:
                 self.fail(EngineError(f"{FAILED} a step has taken longer than {self._patience:g} s"))
             await asyncio.sleep(LOOK)
+
+    def _broken(self, error: BaseException) -> None:
+        self.fail(EngineError(f"{FAILED} {error!r}"))
 
     def fail(self, why: EngineError) -> None:
         """Tells everybody that there will be no answer."""
@@ -174,45 +169,7 @@ class AsyncEngine:
         for answer in list(self._asked):
             settle(answer, None, error)
 
-    def _tell(self, call: Callable[[], None]) -> None:
-        with self._wake:
-            self._todo.append(call)
-            self._wake.notify()
-
     # In the engine's thread.
-
-    def _run(self) -> None:
-        failures = 0
-        try:
-            while self._wait():
-                self._began = time.monotonic()
-                while self._todo:
-                    self._todo.popleft()()
-                if self.engine.busy:
-                    failures = 0 if self._step() else failures + 1
-                    if failures == FAILURES:
-                        raise RuntimeError(f"{FAILURES} steps have failed one after another")
-                self._began = None
-        except BaseException as error:
-            log.exception("the engine has failed")
-            post(self._loop, self.fail, EngineError(f"{FAILED} {error!r}"))
-
-    def _wait(self) -> bool:
-        """Whether there is something to do; waits until there is, or the engine is stopped."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._stopped or self._todo or self.engine.busy)
-            return not self._stopped
-
-    def _step(self) -> bool:
-        """Makes a step, or what is left of it if it fails; whether it was a good one."""
-        try:
-            outputs, good = self.engine.step(), True
-        except Exception:
-            log.exception("a step failed; answers that ran are lost")
-            outputs, good = self.engine.recover(), False
-        if outputs:
-            post(self._loop, self._hand_out, outputs)
-        return good
 
     def _add(self, requests: Sequence[Request]) -> None:
         try:

@@ -1,6 +1,9 @@
 """What an engine counts. Plain numbers, for metrics and for whoever wants to know where the time goes."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from itertools import zip_longest
+from typing import Any
 
 from jaxserve.tiers.counters import TierCounters
 
@@ -36,3 +39,27 @@ class Counters:
     def tokens_per_row(self) -> float:
         """New tokens of an answer in a round, 1 without guesses that hold."""
         return (self.decoded_rows + sum(self.accepted)) / max(1, self.decoded_rows)
+
+    def at_rest(self) -> "Counters":
+        """What remains of them when the engine is gone: the sums, nothing of the moment."""
+        return replace(self, waiting=0, running=0, pages_used=0, pages=0, slots=0)
+
+
+def total(several: Iterable[Counters]) -> Counters:
+    """Sums over engines. A page has as many tokens as with all of them."""
+    found = list(several)
+    sums = _sums(Counters, found, but=("accepted", "tiers"))
+    sums["accepted"] = [sum(held) for held in zip_longest(*(c.accepted for c in found), fillvalue=0)]
+    sums["page_size"] = max((c.page_size for c in found), default=0)
+    names = dict.fromkeys(name for c in found for name in c.tiers)
+    sums["tiers"] = {name: _tier(name, found) for name in names}
+    return Counters(**sums)
+
+
+def _tier(name: str, found: list[Counters]) -> TierCounters:
+    return TierCounters(**_sums(TierCounters, [c.tiers[name] for c in found if name in c.tiers]))
+
+
+def _sums(kind: Any, found: list[Any], but: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = (f.name for f in fields(kind) if f.name not in but)
+    return {name: sum(getattr(c, name) for c in found) for name in names}

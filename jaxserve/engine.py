@@ -2,7 +2,6 @@
 
 import copy
 import operator
-import reprlib
 import time
 import warnings
 import zlib
@@ -16,11 +15,13 @@ from jax.sharding import Mesh
 
 from jaxserve import __version__
 from jaxserve import options as sizes
+from jaxserve.acceptance import Acceptance
 from jaxserve.answers import Answers
 from jaxserve.connector import Connector
 from jaxserve.counters import Counters
 from jaxserve.executables import Executables
-from jaxserve.guidance import Guide, Guides
+from jaxserve.guidance import Guide
+from jaxserve.identity import Identity, digest
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import is_int8
 from jaxserve.layers.sampling import Logprobs
@@ -30,7 +31,7 @@ from jaxserve.options import EngineConfig
 from jaxserve.packing import Mark, Packer, Piece, Spot, completed, entwined, row_numbers
 from jaxserve.pages import PagePool
 from jaxserve.parallel.devices import Devices
-from jaxserve.parallel.errors import RequestError, ShardingError
+from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.moves import MOVES, move
 from jaxserve.parallel.processes import Processes
 from jaxserve.parallel.ranks import Ranks
@@ -45,7 +46,7 @@ from jaxserve.serving import Memory
 from jaxserve.slots import mark
 from jaxserve.spmd import Call
 from jaxserve.steps import ROUNDS, Chosen, Prefilled
-from jaxserve.table import OWN_ENDS, SlotTable
+from jaxserve.table import SlotTable
 from jaxserve.together import Share, Together, Wish
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.tracing import call_of, empty_state, make_gate
@@ -119,8 +120,8 @@ class Engine:
             **{"end tokens": sorted(tokenizer.eos_ids), "jax": jax.__version__, "jaxserve": __version__},
         )
         self._model = model if mesh else jax.device_put(model, jax.local_devices()[0])
-        self._eos_ids = frozenset([*cfg.eos_ids, *tokenizer.eos_ids])
-        self._guides = Guides(tokenizer, cfg.vocab_size, sorted(self._eos_ids))
+        self._acceptance = Acceptance(cfg, tokenizer, self.max_model_len)
+        self._eos_ids, self._guides = self._acceptance.eos_ids, self._acceptance.guides
         self._shapes = self._make_shapes()
         pages = sizes.num_pages(cfg, options, model.embed.dtype)
         self._make_pool = lambda: PagePool(pages, options.page_size, lookahead=min(1, self.drafts))
@@ -175,42 +176,27 @@ class Engine:
         return self._together.many
 
     @property
+    def ready(self) -> bool:
+        return True
+
+    @property
+    def offered(self) -> int:
+        """Requests whose pages other engines may take, now or soon."""
+        return self._porter.offered
+
+    @property
+    def identity(self) -> Identity:
+        """What tells its weights and its cache from those of other engines."""
+        weights = f"{_checksum(self._model):08x}" + ("-int8" if is_int8(self._model) else "")
+        dtype, options = str(self._model.embed.dtype), self.options
+        return Identity(digest(self.cfg), weights, dtype, options.kv_cache_dtype, options.page_size)
+
+    @property
     def expert_layers(self) -> tuple[int, ...]:
         return self.cfg.mixture_layers
 
     def check(self, request: Request) -> None:
-        tokens, p = request.prompt_token_ids, request.params
-        if not tokens:
-            raise RequestError("the prompt has no tokens; give at least one (a begin-of-text token, say)")
-        if len(tokens) >= self.max_model_len:
-            raise RequestError(
-                f"prompt has {len(tokens)} tokens; this engine accepts {self.max_model_len - 1} "
-                f"(max_model_len {self.max_model_len} less one). "
-                + ("Raise max_model_len, or shorten" if self.max_model_len < self.cfg.max_positions else "Shorten")
-                + " the prompt."
-            )
-        if not isinstance(request.priority, int):
-            raise RequestError(f"priority = {request.priority!r}: it must be a whole number")
-        if not isinstance(request.cache_salt, str) or not _is_text(request.cache_salt):
-            raise RequestError(f"cache_salt = {reprlib.repr(request.cache_salt)}: it must be a text")
-        if request.answered and (p.n != 1 or p.prompt_logprobs is not None):
-            raise RequestError("answered: it goes with n = 1 and without prompt_logprobs")
-        if request.answered and (known := len(tokens) + len(request.answered)) >= self.max_model_len:
-            raise RequestError(f"prompt and answered have {known} tokens; {self.max_model_len - 1} are accepted")
-        stops = p.stop_token_ids or ()
-        if len(stops) > OWN_ENDS:
-            raise RequestError(f"stop_token_ids has {len(stops)} tokens; it must have at most {OWN_ENDS}")
-        named = {
-            "answered": request.answered,
-            "stop_token_ids": stops,
-            "allowed_token_ids": p.allowed_token_ids,
-            "logit_bias": p.logit_bias,
-        }
-        for name, ids in {"prompt_token_ids": tokens, **named}.items():
-            wrong = [t for t in ids or () if not 0 <= t < self.cfg.vocab_size]
-            if wrong:
-                raise RequestError(f"{name} has {wrong[0]}; the model's tokens are 0 to {self.cfg.vocab_size - 1}")
-        self._guides.make(p)  # refuses forms that can't be followed
+        self._acceptance.check(request)
         self._porter.check(request)
 
     def add(self, request: Request) -> None:
@@ -466,15 +452,6 @@ class Engine:
         c.preemptions, c.pages_used = sum(s.preemptions for s in ranks), sum(s.pool.used for s in ranks)
         c.prompt_tokens, c.cached_tokens = sum(s.queried for s in ranks), sum(s.hit for s in ranks)
         c.late_compiled, c.tiers = self._programs.late, self._porter.tiers
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written as bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _checksum(model: Model) -> int:

@@ -20,6 +20,7 @@ from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.formats import find_format
 from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache, executables_folder
+from jaxserve.connector import Connector, Peers
 from jaxserve.context import make_connector
 from jaxserve.engine import Engine
 from jaxserve.executables import Executables
@@ -80,9 +81,11 @@ class LLM:
         context_cache: StoreConfig | bool | None = None,
         model_cache: str | Path | None = None,
         progress: Progress | None = None,
+        peers: Peers | None = None,
+        exports: bool = False,
         **options: Any,
     ):
-        """Loads a model and compiles what it needs to run.
+        """Loads a model and compiles what it needs to run; its engine takes pages from `peers`, or `exports` them too.
 
         Raises CheckpointError, ConfigError, RequestError, ShardingError or ProcessError that name what is wrong,
         TypeError for an unknown option.
@@ -111,14 +114,24 @@ class LLM:
             warnings.warn(f"compiled programs can't be kept for the next time: {obstacle}", stacklevel=2)
         with nullcontext(progress) if progress else bar() as tell:
             weights = found.read(partial(tell, "loading"))
-            self._connector = make_connector(weights, cfg, engine_config, context_cache)
+            connector = _connect(weights, cfg, engine_config, context_cache, peers, exports)
             if devices:
                 extra = engine_config.num_redundant_experts, engine_config.num_shared_expert_ranks
                 weights = spread(weights, cfg, devices, in_order(cfg, devices.size, *extra))
             compiling, kept = partial(tell, "compiling"), Executables(executables_folder())
-            self.engine: Serving = Engine(
-                weights, cfg, self.tokenizer, engine_config, compiling, devices, kept, self._connector
-            )
+            engine = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices, kept, connector)
+        self._begin(engine, connector)
+
+    @classmethod
+    def over(cls, engine: Serving, tokenizer: Tokenizer) -> "LLM":
+        """A model that something else serves than an engine of this process, a `fleet.Fleet` for example."""
+        llm = cls.__new__(cls)
+        llm.tokenizer = tokenizer
+        llm._begin(engine, None)
+        return llm
+
+    def _begin(self, engine: Serving, connector: Connector | None) -> None:
+        self.engine, self._connector = engine, connector
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._left: deque[str] = deque()  # requests whose callers went away
@@ -303,6 +316,18 @@ def _engine_config(options: Mapping[str, Any]) -> EngineConfig:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise TypeError(f"LLM has no option {name!r}; {hint}")
     return EngineConfig(**options)
+
+
+def _connect(
+    weights: Model, cfg: Config, options: EngineConfig, store: StoreConfig | bool | None, peers: Peers | None,
+    exports: bool,
+) -> Connector | None:  # fmt: skip
+    try:
+        return make_connector(weights, cfg, options, store, peers, exports)
+    except OSError as error:
+        if peers is None:
+            raise
+        raise RequestError(f"can't listen at {peers.host} for engines that take pages: {error}") from None
 
 
 def _one_each(name: str, kind: type, given: Any, count: int) -> Sequence[Any]:

@@ -42,6 +42,11 @@ class Porter:
         """Whether something will still be said that no step says."""
         return self._connector is not None and self._connector.busy
 
+    @property
+    def offered(self) -> int:
+        """Requests whose pages others may take, now or soon."""
+        return self._connector.offered if self._connector else 0
+
     def check(self, request: Request) -> None:
         """Raises RequestError if a request needs ways for pages that there aren't."""
         connector, p = self._connector, request.params

@@ -18,8 +18,13 @@ class Memory(NamedTuple):
 class Serving(Protocol):
     """An engine, in this process or spread over many."""
 
-    counters: Counters
-    max_model_len: int  # tokens of a prompt and its answer
+    @property
+    def counters(self) -> Counters: ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its answer."""
+        ...
 
     @property
     def memory(self) -> Memory: ...
@@ -32,6 +37,11 @@ class Serving(Protocol):
     @property
     def many(self) -> bool:
         """Whether other processes share the steps: all must make them, until none is busy."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is, now, who answers; requests that are added while there is nobody wait."""
         ...
 
     def check(self, request: Request) -> None:

@@ -20,6 +20,7 @@ from jaxserve.cli.plan import plan
 from jaxserve.cli.quantize import quantize
 from jaxserve.cli.serve import serve
 from jaxserve.cli.show import notes
+from jaxserve.cli.up import up
 from jaxserve.parallel.errors import JaxserveError
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich's help cuts the names of options where the terminal is narrow
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, chat, serve, info, quantize, plan):
+for _command in (generate, chat, serve, up, info, quantize, plan):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")

@@ -70,6 +70,10 @@ ContextCacheDiskOption = Annotated[float, typer.Option(min=0, help="Gigabytes of
 ContextCacheSharedOption = Annotated[
     float, typer.Option(min=0, help="Gigabytes that a tenant may have of it in the server for many instances.")
 ]
+FleetTokenOption = Annotated[
+    str | None,
+    typer.Option(envvar="JAXSERVE_FLEET_TOKEN", help="A secret that the router and its instances share."),
+]
 UrlOption = Annotated[
     str | None, typer.Option(help="Ask the OpenAI-compatible server there, rather than a model in this process.")
 ]

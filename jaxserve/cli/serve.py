@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from jaxserve.cli.devices import emulate
+from jaxserve.cli.fleet import Part, ServeRole, collectors, open_router, run_instance
 from jaxserve.cli.options import (
     ContextCacheDiskOption,
     ContextCacheMemoryOption,
@@ -17,6 +18,7 @@ from jaxserve.cli.options import (
     ContextCacheSharedOption,
     DevicesOption,
     DtypeOption,
+    FleetTokenOption,
     KvCacheDtypeOption,
     MaxModelLenOption,
     MeshOption,
@@ -30,6 +32,7 @@ from jaxserve.parallel.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jaxserve.connector import Peers
     from jaxserve.llm import LLM
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -38,7 +41,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def serve(
     model: ModelArgument = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in, so give --api-key too.")
+        str,
+        typer.Option(
+            help="Address to listen at; 0.0.0.0 lets other machines in, so give --api-key too. "
+            "Of an instance: where other instances reach it."
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     served_model_name: Annotated[
@@ -111,6 +118,37 @@ def serve(
     ssl_ca_certs: Annotated[
         Path | None, typer.Option(exists=True, help="Only clients with a certificate by these authorities.")
     ] = None,
+    role: Annotated[
+        ServeRole | None,
+        typer.Option(
+            help="Be a part of a fleet: compute prompts, generate answers, or face the clients; else, do all."
+        ),
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="With --role prefill or decode: host:port where the router lets instances join.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of this instance, another for each; else of its role, host and process.")
+    ] = None,
+    control_host: Annotated[
+        str, typer.Option(help="With --role router: address where instances join; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    control_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="With --role router: the port there; 0: any that is free.")
+    ] = 8001,
+    fleet_token: FleetTokenOption = None,
+    heartbeat: Annotated[
+        float, typer.Option(min=0.01, help="With --role router: seconds between two signs of an instance.")
+    ] = 0.5,
+    dead_after: Annotated[
+        float, typer.Option(min=0.1, help="With --role router: seconds without a sign, then an instance is lost.")
+    ] = 5.0,
+    hung_after: Annotated[
+        float, typer.Option(min=0.1, help="With --role router: seconds at work without a step, then it is lost.")
+    ] = 60.0,
+    max_attempts: Annotated[
+        int, typer.Option(min=1, help="With --role router: times that an answer may lose its instance.")
+    ] = 5,
 ) -> NoReturn:
     """Serves a model over HTTP: OpenAI's API at /v1, a page at /, metrics at /metrics.
 
@@ -129,6 +167,15 @@ def serve(
         -d '{"prompt": "def quicksort(items):"}'
 
     jaxserve serve --mesh 2x4 --max-num-seqs 4
+
+    In a fleet, clients ask the router, which loads no weights; instances of two roles join it, and answer together. All
+    are given the same model and --max-model-len, and one secret; `jaxserve up` does that on one machine.
+
+    \b
+    export JAXSERVE_FLEET_TOKEN="$SECRET"
+    jaxserve serve --role router --control-port 8001
+    jaxserve serve --role prefill --router localhost:8001
+    jaxserve serve --role decode --router localhost:8001
     """
     from jaxserve.server.run import ServerOptions, serve
     from jaxserve.server.service import Limits
@@ -137,8 +184,22 @@ def serve(
         raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
     if not all(key.isascii() for key in api_key or ()):
         raise RequestError("--api-key has characters beyond ASCII, which no header can hold; choose another key")
-    if host not in LOCAL and not api_key:
+    if host not in LOCAL and not api_key and role in (None, "router"):
         notes.print(f"warning: whoever can reach {host}:{port} can use the model; --api-key asks for a key")
+    part = Part(
+        role=role,
+        router=router,
+        name=name,
+        control_host=control_host,
+        control_port=control_port,
+        token=fleet_token,
+        heartbeat=heartbeat,
+        dead_after=dead_after,
+        hung_after=hung_after,
+        max_attempts=max_attempts,
+    )
+    part.check()
+    tell = lambda line: notes.print(line, soft_wrap=True)  # noqa: E731
     tls = {
         "ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile, "ssl_keyfile_password": ssl_keyfile_password,
         "ssl_ca_certs": ssl_ca_certs,
@@ -167,7 +228,7 @@ def serve(
     )
     mesh = emulate(devices, mesh)
 
-    def load(name: str | None) -> "LLM":
+    def load(name: str | None, peers: "Peers | None" = None, exports: bool = False) -> "LLM":
         from jaxserve.checkpoints.hub import locate
         from jaxserve.context import store_at
         from jaxserve.llm import LLM
@@ -181,6 +242,8 @@ def serve(
             llm = LLM(
                 name,
                 progress=shown,
+                peers=peers,
+                exports=exports,
                 dtype=dtype,
                 quantization=quantization,
                 kv_cache_dtype=kv_cache_dtype,
@@ -189,12 +252,19 @@ def serve(
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
-                max_num_queued=max_num_queued,
+                max_num_queued=None if part.instance else max_num_queued,  # the router has the queue
                 num_speculative_tokens=num_speculative_tokens,
                 cache_bytes=int(cache_gb * 2**30),
                 context_cache=store,
             )
         if chat_template and name == model:
+            llm.tokenizer.chat_templates = {"default": chat_template.read_text(encoding="utf-8")}
+        return llm
+
+    def open_fleet() -> "LLM":
+        queue = {"wait": request_timeout, "max_num_queued": max_num_queued}
+        llm = open_router(part, model, max_model_len, tell, **queue)
+        if chat_template:
             llm.tokenizer.chat_templates = {"default": chat_template.read_text(encoding="utf-8")}
         return llm
 
@@ -207,7 +277,12 @@ def serve(
         return partial(load, name)
 
     _log(log_requests)
-    status = serve(partial(load, model), options, lambda line: notes.print(line, soft_wrap=True), find)
+    if part.instance:
+        run_instance(part, partial(load, model), host, drain_timeout, tell)
+    if role == "router":
+        status = serve(open_fleet, options, tell, collect=collectors)
+    else:
+        status = serve(partial(load, model), options, tell, find)
     notes.print("stopped" if status == 0 else "stopped, with answers lost")
     sys.stderr.flush()
     os._exit(status)  # a thread that loads or hangs can't be waited for

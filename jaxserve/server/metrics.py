@@ -89,7 +89,11 @@ class Metrics:
 
     def watch_load(self, load: ExpertLoad) -> None:
         """From now on, shows what experts get, too."""
-        self._registry.register(LoadCollector(load, self._labels))
+        self.watch(LoadCollector(load, self._labels))
+
+    def watch(self, collector: Collector) -> None:
+        """From now on, shows what somebody else collects, too."""
+        self._registry.register(collector)
 
     def text(self) -> bytes:
         """What `/metrics` says."""

@@ -13,8 +13,10 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import uvicorn
+from prometheus_client.registry import Collector
 
 from jaxserve.async_engine import AsyncEngine, post, settle
+from jaxserve.counters import Counters
 from jaxserve.describe import human
 from jaxserve.llm import LLM
 from jaxserve.parallel.errors import JaxserveError, RequestError, ShutDownError
@@ -31,6 +33,8 @@ log = logging.getLogger("jaxserve.server")
 
 Find = Callable[[str], Callable[[], LLM]]
 """What loads the model of a name."""
+Collect = Callable[[LLM], Sequence[Collector]]
+"""What shows more of a model that is served than its engine counts."""
 
 DRAINED, FAILED = 0, 1
 """Exit statuses: all that was accepted is answered; the engine has failed, or the time to end was not enough."""
@@ -73,17 +77,17 @@ def no_other(name: str) -> Callable[[], LLM]:
 
 def serve(
     load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None] = lambda line: None,
-    find: Find = no_other,
+    find: Find = no_other, collect: Collect = lambda llm: (),
 ) -> int:  # fmt: skip
     """Serves a model until a signal ends it; gives the exit status.
 
     SIGTERM, or Ctrl-C: what was accepted is finished, what comes is refused; the second time, nothing is finished.
     `tell` is told where it serves, and what it waits for when it is to end. `find` gives what loads another model that
-    clients may have served instead, and raises RequestError for those that they may not. Raises RequestError if it
-    can't listen, or not with these certificates, and what `load` raises.
+    clients may have served instead, and raises RequestError for those that they may not. What `collect` gives is among
+    the metrics. Raises RequestError if it can't listen, or not with these certificates, and what `load` raises.
     """
     with listen(options.host, options.port) as sock:
-        return asyncio.run(Life(load, options, tell, find).live(sock))
+        return asyncio.run(Life(load, options, tell, find, collect).live(sock))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -100,10 +104,11 @@ class Life:
     """From listening to the end."""
 
     def __init__(
-        self, load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None], find: Find = no_other
-    ):
+        self, load: Callable[[], LLM], options: ServerOptions, tell: Callable[[str], None], find: Find = no_other,
+        collect: Collect = lambda llm: (),
+    ):  # fmt: skip
         """`find` gives other models that clients may have served."""
-        self._options, self._tell, self._find = options, tell, find
+        self._options, self._tell, self._find, self._collect = options, tell, find, collect
         self._first_model = self._model = Servable(options.names, load)
         self._engine: AsyncEngine | None = None  # None: nothing is loaded
         self._llm: LLM | None = None
@@ -152,11 +157,13 @@ class Life:
         llm = await self._first(_in_thread(model.load), self._end.wait())
         if not isinstance(llm, LLM):
             return ""
-        counters, self._llm, self._model = llm.engine.counters, llm, model
-        metrics = Metrics(lambda: counters, model.names[0])
+        self._llm, self._model = llm, model
+        metrics = Metrics(self._counters, model.names[0])
         self._engine = AsyncEngine(llm.engine, metrics, self._options.step_timeout)
         experts = ExpertLoad(self._engine)
         metrics.watch_load(experts)
+        for collector in self._collect(llm):
+            metrics.watch(collector)
         self.service.ready(Loaded(self._engine, llm.tokenizer, metrics, experts), model.names)
         return self._circumstances(llm, time.monotonic() - began)
 
@@ -229,7 +236,12 @@ class Life:
             await self._first(_in_thread(self._llm.close), asyncio.sleep(GRACE))
         self._llm = None
 
+    def _counters(self) -> Counters:
+        return self._llm.engine.counters if self._llm else Counters()
+
     def _circumstances(self, llm: LLM, seconds: float) -> str:
+        if not llm.engine.ready:
+            return "waiting for an instance that generates answers; until there is one, requests wait"
         c, memory = llm.engine.counters, llm.engine.memory
         room = f"cache of {c.pages * c.page_size:,} tokens ({human(memory.cache)})"
         longest = f"{c.slots} answers at once, of {llm.engine.max_model_len:,} tokens with their prompts"

@@ -20,7 +20,7 @@ from jaxserve.tokenizer import Tokenizer
 LONG = 1 << 16
 """Characters of a text that takes long to be made tokens of, and much memory."""
 
-State = Literal["loading", "ready", "draining", "failed"]
+State = Literal["loading", "waiting", "ready", "draining", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,11 @@ class Wish(NamedTuple):
 
 
 class Service:
-    """The model that is served. `state` is "loading" until it has what `ready` is given, and while it gets another."""
+    """The model that is served.
+
+    `state` is "loading" until it has what `ready` is given, and while it gets another; "waiting" while nobody is there
+    who generates answers.
+    """
 
     def __init__(self, names: Sequence[str], limits: Limits, find: Callable[[str], Servable]):
         """`names` are those that clients may call the model by; the first is its own. `find` gives other models.
@@ -118,7 +122,9 @@ class Service:
             return "failed"
         if self.wish:
             return "loading"
-        return "draining" if self._draining else "ready"
+        if self._draining:
+            return "draining"
+        return "ready" if self._loaded.engine.engine.ready else "waiting"
 
     @property
     def loaded(self) -> Loaded:

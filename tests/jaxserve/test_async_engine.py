@@ -131,13 +131,13 @@ def test_an_engine_that_hangs_when_it_is_to_stop_is_left_behind(make_engine, mon
 
     async def use(driver):
         task = asyncio.ensure_future(answer(driver, Request("x", (5,), greedy(4))))
-        while driver._began is None:
+        while driver.runner.began is None:
             await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         async with asyncio.timeout(10):
             await driver.stop()
-        assert driver._thread.is_alive()
+        assert driver.runner.running
         go.set()
 
     run(engine, use, patience=1.0)
@@ -149,7 +149,7 @@ def test_an_engine_that_hangs_fails_all_who_wait_and_all_who_come(make_engine, m
 
     async def use(driver):
         waiting = asyncio.ensure_future(answer(driver, Request("x", (5,), greedy(4))))
-        while driver._began is None:
+        while driver.runner.began is None:
             await asyncio.sleep(0.01)
         asking = asyncio.ensure_future(driver.ask(lambda: None))
         for each in (waiting, asking):

@@ -266,7 +266,7 @@ def test_options_are_shown_whole_on_a_narrow_terminal():
         assert option in shown
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "serve", "quantize", "plan", "eval", "bench serve"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "up", "quantize", "plan", "eval", "bench serve"])
 def test_examples_are_shown_as_they_are_written_on_eighty_columns(command):
     group = typer.main.get_command(app)
     for name in command.split():

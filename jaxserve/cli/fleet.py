@@ -1,0 +1,105 @@
+"""`jaxserve serve --role …`: a router, or an instance of a fleet."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from jaxserve.cli.show import notes
+from jaxserve.parallel.errors import EngineError, RequestError
+
+if TYPE_CHECKING:
+    from jaxserve.connector import Peers
+    from jaxserve.llm import LLM
+
+ServeRole = Literal["prefill", "decode", "router"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What part of a fleet a process is, by the options of its command."""
+
+    role: ServeRole | None
+    router: str | None
+    name: str | None
+    control_host: str
+    control_port: int
+    token: str | None
+    heartbeat: float
+    dead_after: float
+    hung_after: float
+    max_attempts: int
+
+    def check(self) -> None:
+        """Raises RequestError that names an option which is missing, or has no effect."""
+        instance = self.role in ("prefill", "decode")
+        if instance != (self.router is not None):
+            reason = "is missing: where do instances join?" if instance else "is for --role prefill and --role decode"
+            raise RequestError(f"--router HOST:PORT {reason}")
+        if self.router is not None and not re.fullmatch(r".+:\d+", self.router):
+            raise RequestError(f"--router {self.router}: it must be host:port, like localhost:8001")
+        if self.role and not self.token:
+            raise RequestError(
+                "--fleet-token or JAXSERVE_FLEET_TOKEN is missing: the router and its instances share one"
+            )
+
+    @property
+    def instance(self) -> Literal["prefill", "decode"] | None:
+        """The role of an instance; None for a router, or who does all."""
+        return None if self.role == "router" else self.role
+
+
+def open_router(
+    part: Part, model: str | None, max_model_len: int | None, tell: Callable[[str], None], **options: Any
+) -> "LLM":
+    """A model that instances serve; `options` are those of the fleet."""
+    from jaxserve.fleet.fleet import FleetOptions
+    from jaxserve.fleet.health import Patience
+    from jaxserve.fleet.router import RouterOptions, route
+
+    patience = Patience(hung_after=part.hung_after, dead_after=part.dead_after)
+    joining = RouterOptions(
+        token=str(part.token).encode(),
+        host=part.control_host,
+        port=part.control_port,
+        period=part.heartbeat,
+        fleet=FleetOptions(attempts=part.max_attempts, patience=patience, **options),
+    )
+    return route(model, max_model_len, joining, tell)
+
+
+def collectors(llm: "LLM") -> Sequence[Any]:
+    """What shows more of a fleet at /metrics."""
+    from jaxserve.fleet.fleet import Fleet
+    from jaxserve.fleet.metrics import FleetCollector
+
+    return [FleetCollector(llm.engine)] if isinstance(llm.engine, Fleet) else []
+
+
+def run_instance(
+    part: Part, load: Callable[["Peers", bool], "LLM"], host: str, drain_timeout: float, tell: Callable[[str], None]
+) -> NoReturn:
+    """Serves as an instance; ends with 0 when it has left, with 1 if its engine has failed."""
+    from jaxserve.fleet.worker import WorkerOptions, work
+
+    at, _, port = str(part.router).rpartition(":")
+    options = WorkerOptions(
+        role=part.instance or "decode",
+        name=part.name or f"{part.role}-{socket.gethostname()}-{os.getpid()}",
+        router=(at, int(port)),
+        token=str(part.token).encode(),
+        host=host,
+        drain_timeout=drain_timeout,
+    )
+    status = 0
+    try:
+        work(load, options, tell)
+        notes.print("stopped")
+    except EngineError as error:
+        notes.print(f"stopped: {error}", soft_wrap=True)
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # an engine that hangs can't be waited for

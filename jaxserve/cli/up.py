@@ -1,0 +1,102 @@
+"""`jaxserve up`: a router and its instances on one machine."""
+
+import secrets
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.text import Text
+
+from jaxserve.cli.options import (
+    DevicesOption,
+    DtypeOption,
+    FleetTokenOption,
+    KvCacheDtypeOption,
+    MaxModelLenOption,
+    MeshOption,
+    ModelArgument,
+    QuantizationOption,
+)
+from jaxserve.cli.show import notes
+
+COLOURS = "cyan", "green", "magenta", "yellow", "blue"
+
+
+def up(
+    model: ModelArgument = None,
+    prefill: Annotated[int, typer.Option(min=0, help="Instances that compute prompts.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, help="Instances that generate answers.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen at, for clients.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="How clients call the model.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Only clients with this key are served.", envvar="JAXSERVE_API_KEY")
+    ] = None,
+    max_model_len: MaxModelLenOption = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers generated together, of each instance.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of a step.")] = 512,
+    num_speculative_tokens: Annotated[int | None, typer.Option(help="Guesses a step, by the MTP module.")] = None,
+    cache_gb: Annotated[float, typer.Option(min=0.001, help="Gigabytes of each instance's cache at most.")] = 4.0,
+    dtype: DtypeOption = "auto",
+    quantization: QuantizationOption = None,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
+    devices: DevicesOption = None,
+    mesh: MeshOption = None,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to finish what was accepted, after SIGTERM or Ctrl-C.")
+    ] = 60.0,
+    fleet_token: FleetTokenOption = None,
+) -> NoReturn:
+    """Starts a router and instances on this machine, and ends them together.
+
+    Some instances compute prompts, the others go on from there and generate the answers; clients ask the router, as
+    they would ask `jaxserve serve`. What the processes say is shown with their names. One that dies is told and not
+    started again: the others go on with its answers. SIGTERM or Ctrl-C: what was accepted is finished first; the second
+    time, nothing is.
+
+    jaxserve up
+
+    jaxserve up --prefill 2 --decode 1 Qwen/Qwen3-0.6B --quantization int8
+    """
+    from jaxserve.fleet.children import Children
+
+    common = _given(
+        model, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        num_speculative_tokens=num_speculative_tokens, cache_gb=cache_gb, dtype=dtype, quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype, drain_timeout=drain_timeout,
+    )  # fmt: skip
+    facing = _given(None, host=host, port=port, served_model_name=served_model_name, control_port=0)
+    own = _given(None, devices=devices, mesh=mesh)
+    serve = [sys.executable, "-m", "jaxserve", "serve", *common]
+    instances = {
+        f"{role}-{number}": [*serve, *own, "--role", role, "--name", f"{role}-{number}"]
+        for role, count in {"prefill": prefill, "decode": decode}.items()
+        for number in range(1, count + 1)
+    }
+    secret = {"JAXSERVE_FLEET_TOKEN": fleet_token or secrets.token_hex(16)}
+    environment = secret | ({"JAXSERVE_API_KEY": api_key} if api_key else {})
+    children = Children(environment, Teller(["router", *instances]))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: children.end())
+    sys.exit(children.run([*serve, *facing, "--role", "router", "--no-log-requests"], instances))
+
+
+def _given(model: str | None, **options: object) -> list[str]:
+    """A command's arguments, of those that have a value."""
+    words = [] if model is None else [model]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+class Teller:
+    """Shows the lines of many processes, each with the name of whose it is."""
+
+    def __init__(self, names: list[str]):
+        self._width = max(map(len, names))
+        self._colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+
+    def __call__(self, name: str, line: str) -> None:
+        notes.print(Text.assemble((f"{name:<{self._width}} | ", self._colours[name]), line), soft_wrap=True)

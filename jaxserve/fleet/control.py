@@ -1,0 +1,120 @@
+"""Where instances of other processes join a fleet."""
+
+import logging
+import socket
+import threading
+import time
+
+import msgspec
+
+from jaxserve.fleet.fleet import Fleet
+from jaxserve.fleet.instance import Event, Gone, Hear, Refused, Signs
+from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
+from jaxserve.parallel.errors import RequestError, TransferError
+from jaxserve.parallel.frames import TICK, Frames
+from jaxserve.request import Request
+
+log = logging.getLogger("jaxserve.fleet")
+
+PATIENCE = 10.0
+"""Seconds in which something must move on a connection that is in the middle of something."""
+
+
+class Remote:
+    """An instance of another process."""
+
+    def __init__(self, hello: Hello, frames: Frames, period: float):
+        """`period`: seconds between two heartbeats."""
+        self.about, self.signs, self.draining = hello.about, _now(hello.signs), False
+        self._line, self._period = Line(frames), period
+        self._hear: Hear = lambda event: None
+
+    def begin(self, hear: Hear) -> None:
+        self._hear = hear
+        self._line.say(Welcome(self._period))
+
+    def add(self, request: Request) -> None:
+        try:
+            self._line.say(Add(request))
+        except RequestError as error:
+            self._hear(Refused(request.id, str(error)))
+
+    def abort(self, task: str) -> None:
+        self._line.say(Abort(task))
+
+    def close(self) -> None:
+        self._line.cut()
+
+    def run(self) -> None:
+        """Hears it until the connection ends."""
+        reason = self._line.run(self._take)
+        self._hear(Gone(str(reason)))
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Pulse():
+                self.signs = _now(message.signs)
+            case Leave():
+                self.draining = True
+                self._line.say(Leave())
+            case _ if isinstance(message, Event):
+                self._hear(message)
+
+
+class Control:
+    """Listens for instances that know the token."""
+
+    def __init__(self, fleet: Fleet, token: bytes, *, host: str = "127.0.0.1", port: int = 0, period: float = 0.5):
+        """Port 0 is any that is free. Raises RequestError if it can't listen there."""
+        self._fleet, self._token, self._period = fleet, token, period
+        try:
+            self._listener = socket.create_server((host, port))
+        except (OSError, OverflowError) as error:
+            raise RequestError(f"can't listen at {host}, port {port}: {error}; choose another --control-port") from None
+        self._listener.settimeout(TICK)
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="fleet control", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Lets nobody in any more; those that have joined stay."""
+        self._closed.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        with self._listener:
+            while not self._closed.is_set():
+                try:
+                    connection, _ = self._listener.accept()
+                except TimeoutError:
+                    continue
+                except OSError:  # no file is left for another connection, say
+                    self._closed.wait(TICK)
+                    continue
+                threading.Thread(target=self._serve, args=[connection], name="fleet instance", daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        frames = Frames(connection, PATIENCE)
+        try:
+            self._welcome(frames).run()
+        except (RequestError, TransferError) as error:
+            log.warning("an instance was not let in: %s", error)
+            frames.close()
+
+    def _welcome(self, frames: Frames) -> Remote:
+        frames.admit(self._token)
+        hello = expect(frames, PATIENCE)
+        if not isinstance(hello, Hello):
+            raise TransferError(f"it begins with {type(hello).__name__}, not with Hello", "refused")
+        remote = Remote(hello, frames, self._period)
+        try:
+            self._fleet.join(remote)
+        except RequestError as error:
+            send(frames, encode(Refused("", str(error))))
+            raise
+        return remote
+
+
+def _now(signs: Signs) -> Signs:
+    return msgspec.structs.replace(signs, at=time.monotonic())

@@ -1,0 +1,171 @@
+"""What the router and an instance say to each other, and how that travels."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import msgspec
+
+from jaxserve.fleet.instance import About, Gone, Refused, Said, Signs
+from jaxserve.parallel.errors import RequestError, TransferError
+from jaxserve.parallel.frames import Frames
+from jaxserve.request import Request
+
+MOST = 1 << 28
+"""Bytes of a message."""
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """The instance's first word."""
+
+    about: About
+    signs: Signs
+
+
+class Welcome(msgspec.Struct, tag=True, frozen=True):
+    """The router's answer: the instance has joined, and is to give signs so often."""
+
+    period: float  # seconds
+
+
+class Add(msgspec.Struct, tag=True, frozen=True):
+    """A task."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """Nobody wants to know of a task any more."""
+
+    task: str
+
+
+class Pulse(msgspec.Struct, tag=True, frozen=True):
+    """A heartbeat."""
+
+    signs: Signs
+
+
+class Leave(msgspec.Struct, tag=True, frozen=True):
+    """The instance will finish what it has; and the router's answer: nothing more comes."""
+
+
+Message = Hello | Welcome | Add | Abort | Pulse | Leave | Said | Refused | Gone
+
+
+def encode(message: Message) -> bytes:
+    """MessagePack, not JSON: log-probabilities may be NaN. Raises RequestError for text that isn't Unicode."""
+    try:
+        return _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"the request has text that can't be written as UTF-8: {error}") from None
+
+
+def decode(data: bytes | bytearray) -> Message:
+    """Raises TransferError, `dead`, if it is none."""
+    try:
+        return _decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise TransferError(f"the other end makes no sense: {error}", "dead") from None
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, and lists and dicts of other kinds."""
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise RequestError(f"a request has {value!r}, which can't be sent to an instance; give plain numbers and lists")
+
+
+_encoder, _decoder = msgspec.msgpack.Encoder(enc_hook=_plain), msgspec.msgpack.Decoder(Message)
+
+
+def send(frames: Frames, data: bytes) -> None:
+    """Sends what `encode` made; waits until it is on its way."""
+    frames.send(0, {"size": len(data)}, [memoryview(data)])
+
+
+def receive(frames: Frames) -> Message | None:
+    """The next message; None if none begins for a moment."""
+    frame = frames.receive()
+    if frame is None:
+        return None
+    size = frame.words.get("size") if isinstance(frame.words, dict) else None
+    if not isinstance(size, int) or not 0 <= size <= MOST:
+        raise TransferError(f"a message has {size!r} bytes; it may have {MOST}", "dead")
+    data = bytearray(size)
+    frames.fill(memoryview(data))
+    return decode(data)
+
+
+def expect(frames: Frames, patience: float) -> Message:
+    """The next message. Raises TransferError, `dead`, if none comes for so many seconds."""
+    end = time.monotonic() + patience
+    while (message := receive(frames)) is None:
+        if time.monotonic() > end:
+            raise TransferError(f"the other end has said nothing for {patience:g} s", "dead")
+    return message
+
+
+class Line:
+    """A connection on which both ends say something; neither waits for the other.
+
+    What is to be said is sent by a thread of its own; that also says what `pulse` gives, once in each period.
+    """
+
+    def __init__(self, frames: Frames, pulse: Callable[[], Message] | None = None, period: float = 60.0):
+        self._frames, self._pulse, self._period = frames, pulse, period
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+
+    def say(self, message: Message) -> None:
+        """Any thread may; after the end nobody hears it. Raises RequestError if it can't be sent."""
+        self._outbox.put(encode(message))
+
+    def run(self, hear: Callable[[Message], object]) -> TransferError:
+        """Hears the other end until one of the two ends the line; gives the reason."""
+        threading.Thread(target=self._write, name="fleet line", daemon=True).start()
+        try:
+            while True:
+                message = receive(self._frames)
+                if message is not None:
+                    hear(message)
+        except TransferError as error:
+            return error
+        finally:
+            self.cut()
+
+    def close(self) -> None:
+        """Ends it when what was said before is sent."""
+        self._outbox.put(None)
+
+    def cut(self) -> None:
+        """Ends it now."""
+        self._outbox.put(None)
+        self._frames.close()
+
+    def _write(self) -> None:
+        due = time.monotonic()
+        try:
+            while True:
+                if self._pulse and time.monotonic() >= due:
+                    due = time.monotonic() + self._period
+                    send(self._frames, encode(self._pulse()))
+                try:
+                    data = self._outbox.get(timeout=max(0.0, due - time.monotonic()) if self._pulse else None)
+                except Empty:
+                    continue
+                if data is None:
+                    return
+                send(self._frames, data)
+        except TransferError:
+            pass  # whoever hears will notice
+        finally:
+            self._frames.close()

@@ -1,0 +1,91 @@
+"""Processes that are started and ended together; these ones are small."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from jaxserve.fleet.children import Children
+
+ROUTER = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("router ends", file=sys.stderr), sys.exit(0)))
+print("instances join at here:7", file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+INSTANCE = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+print("joins", *sys.argv[1:], file=sys.stderr, flush=True)
+time.sleep(60)
+"""
+
+
+class Show:
+    """Runs children in a thread, and keeps what is told."""
+
+    def __init__(self, router: str, instances: dict[str, str]):
+        self.lines, self.statuses = [], []
+        self.children = Children({"SECRET": "s"}, lambda name, line: self.lines.append((name, line)))
+        commands = {name: [sys.executable, "-c", code] for name, code in instances.items()}
+        given = [sys.executable, "-c", router], commands
+        self.thread = threading.Thread(target=lambda: self.statuses.append(self.children.run(*given)))
+        self.thread.start()
+
+    def until(self, line):
+        end = time.monotonic() + 60
+        while line not in self.lines:
+            assert time.monotonic() < end, self.lines
+            time.sleep(0.01)
+
+    def status(self):
+        self.thread.join(60)
+        return self.statuses[0]
+
+
+def test_instances_are_told_where_to_join_and_end_after_the_router():
+    show = Show(ROUTER, {"a": INSTANCE, "b": INSTANCE})
+    show.until(("a", "joins --router here:7"))
+    show.until(("b", "joins --router here:7"))
+    show.children.end()
+    assert show.status() == 0
+    assert show.lines[-1] == ("router", "router ends")
+
+
+def test_a_child_that_dies_is_told_and_the_others_go_on():
+    show = Show(ROUTER, {"a": INSTANCE, "b": INSTANCE})
+    show.until(("a", "joins --router here:7"))
+    show.until(("b", "joins --router here:7"))
+    os.kill(show.children._instances[0].process.pid, signal.SIGKILL)
+    show.until(("a", "is gone: killed by SIGKILL; it is not started again"))
+    assert not show.statuses
+    show.children.end()
+    assert show.status() == 0
+
+
+@pytest.mark.parametrize(
+    ("router", "instance", "line"),
+    [
+        (ROUTER, "raise SystemExit(2)", ("router", "has no instance left")),
+        (ROUTER.replace("time.sleep(60)", "time.sleep(1)"), INSTANCE, ("router", "is gone: ended with status 0")),
+        ("raise SystemExit(2)", INSTANCE, ("router", "is gone: ended with status 2")),
+    ],
+)
+def test_without_the_router_or_any_instance_all_end_with_status_1(router, instance, line):
+    show = Show(router, {"a": instance})
+    assert show.status() == 1
+    assert line in show.lines
+
+
+def test_the_second_time_nothing_is_finished():
+    stubborn = ROUTER.replace("signal.SIGTERM, ", "signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, ", 1)
+    show = Show(stubborn.replace("sys.exit(0)))", "sys.exit(0))))"), {"a": INSTANCE.replace("sys.exit(3)", "0")})
+    show.until(("a", "joins --router here:7"))
+    show.children.end()
+    time.sleep(0.3)
+    assert not show.statuses
+    show.children.end()
+    assert show.status() == 0

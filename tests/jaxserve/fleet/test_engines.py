@@ -1,0 +1,175 @@
+"""Engines of the embedded model as a fleet in one process: its answers are those of one engine alone."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxserve import options as sizes
+from jaxserve.connector import Connector, Peers
+from jaxserve.engine import Engine
+from jaxserve.fleet.fleet import Fleet
+from jaxserve.fleet.instance import Gone, Local, about
+from jaxserve.layout import PageLayout
+from jaxserve.options import EngineConfig
+from jaxserve.request import Output, Request, SamplingParams, StructuredOutputs
+from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, loaded, with_few_shapes
+
+pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
+
+PROMPTS = "def quicksort(items):", "import os\nimport", "class Node:\n    def __init__(self, value, next=None):\n"
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+WAYS = {
+    "greedy": SamplingParams(temperature=0, max_tokens=24),
+    "seeded": SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=24),
+    "several": SamplingParams(temperature=1.0, n=3, seed=2**32 - 2, max_tokens=16),
+    "logprobs": SamplingParams(temperature=0.5, seed=1, logprobs=3, prompt_logprobs=2, max_tokens=12),
+    "structured": SamplingParams(
+        temperature=0.7, seed=5, max_tokens=40, structured_outputs=StructuredOutputs(json=SCHEMA)
+    ),
+    "stop": SamplingParams(temperature=0, stop=["\n    ", "self"], max_tokens=40, include_stop_str_in_output=True),
+    "penalties": SamplingParams(
+        temperature=0.6, seed=9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2, max_tokens=24
+    ),
+    "narrow": SamplingParams(temperature=1.0, seed=3, min_p=0.05, bad_words=["return"], min_tokens=8, max_tokens=24),
+}
+
+
+def make_engine(name: str) -> Engine:
+    cfg, model, tokenizer, *_ = loaded("embedded")
+    options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=0)
+    layout = PageLayout(sizes.cache_of(cfg, options, 1, np.float32))
+    connector = Connector(layout, options.page_size, peers=Peers(b"token", name), exports=name == "P1")
+    return with_few_shapes(Engine(model, cfg, tokenizer, options, connector=connector), EMBEDDED_SHAPES)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[str, Engine]]:
+    found = {name: make_engine(name) for name in ("P1", "D1", "D2", "alone")}
+    yield found
+    for engine in found.values():
+        assert engine._porter._connector
+        engine._porter._connector.close()
+
+
+def requests() -> list[Request]:
+    tokenizer = loaded("embedded")[2]
+    return [
+        Request(f"{way}-{number}", tuple(tokenizer.encode(prompt)), params)
+        for way, params in WAYS.items()
+        for number, prompt in enumerate(PROMPTS)
+    ]
+
+
+class Heard:
+    """All that was said of one answer."""
+
+    def __init__(self):
+        self.tokens, self.text, self.logprobs, self.known, self.last = [], "", [], None, None
+
+    def add(self, output: Output) -> None:
+        assert self.last is None or self.last.finish_reason is None
+        self.known = output.prompt_logprobs if self.last is None else self.known
+        self.tokens += output.token_ids
+        self.text += output.text
+        self.logprobs += output.logprobs
+        self.last = output
+
+    def result(self):
+        return self.tokens, self.text, self.logprobs, self.known, self.last.finish_reason, self.last.stop_reason
+
+
+def listen(serving, until=lambda heard: False, heard=None):
+    heard = {} if heard is None else heard
+    while serving.busy and not until(heard):
+        for output in serving.step():
+            heard.setdefault((output.request_id, output.index), Heard()).add(output)
+    return heard
+
+
+def results(heard):
+    return {key: each.result() for key, each in heard.items()}
+
+
+def same(heard, expected):
+    """Whether all was said that one engine says alone; scores differ by rounding."""
+    assert heard.keys() == expected.keys()
+    for key, each in results(heard).items():
+        tokens, text, logprobs, known, *end = each
+        want_tokens, want_text, want_logprobs, want_known, *want_end = results(expected)[key]
+        assert (tokens, text, end) == (want_tokens, want_text, want_end), key
+        assert [list(each) for each in logprobs] == [list(each) for each in want_logprobs]
+        for found, want in ((logprobs, want_logprobs), (known or (), want_known or ())):
+            for one, other in zip(found, want, strict=True):
+                values = [] if one is None else [(one[token].logprob, other[token].logprob) for token in one]
+                assert all(a == pytest.approx(b, abs=1e-3) for a, b in values)
+
+
+@pytest.fixture(scope="module")
+def expected(engines):
+    for request in requests():
+        engines["alone"].add(request)
+    return listen(engines["alone"])
+
+
+def make_fleet(engines, *names):
+    cfg, _, tokenizer, *_ = loaded("embedded")
+    fleet, locals = Fleet(cfg, tokenizer, engines["alone"].max_model_len), {}
+    for name in names:
+        engine = engines[name]
+        locals[name] = Local(engine, about(engine, name, "prefill" if name[0] == "P" else "decode"))
+        fleet.join(locals[name])
+    return fleet, locals
+
+
+def sender(engines):
+    return engines["P1"]._porter._connector._sender
+
+
+def end(engines, locals):
+    for name, local in locals.items():
+        local.close()
+        local._runner.join(60)
+        if engines[name].busy:
+            engines[name].recover()
+
+
+@pytest.mark.parametrize("names", [["D1"], ["P1", "D1"], ["P1", "D1", "D2"]])
+def test_a_fleet_answers_as_one_engine_does(engines, expected, names):
+    pulls = sum(counts.pulls for counts in sender(engines).counts.values())
+    fleet, locals = make_fleet(engines, *names)
+    for request in requests():
+        fleet.add(request)
+    heard = listen(fleet)
+    same(heard, expected)
+    pulls = sum(counts.pulls for counts in sender(engines).counts.values()) - pulls
+    assert pulls == (len(expected) if "P1" in names else 0)  # one for each answer
+    end(engines, locals)
+
+
+def test_a_decode_instance_that_is_lost_in_the_middle_changes_no_answer(engines, expected):
+    fleet, locals = make_fleet(engines, "P1", "D1", "D2")
+    for request in requests():
+        fleet.add(request)
+    heard = listen(fleet, until=lambda heard: sum(len(each.tokens) for each in heard.values()) > 100)
+    lost = locals["D1"]
+    lost._hear(Gone("killed by the test"))
+    same(listen(fleet, heard=heard), expected)
+    assert fleet.tally.lost == {"gone": 1} and fleet.tally.recovery.count > 0
+    end(engines, locals)
+
+
+def test_a_request_that_is_aborted_leaves_nothing_anywhere(engines):
+    fleet, locals = make_fleet(engines, "P1", "D1")
+    request = replace(requests()[0], params=SamplingParams(max_tokens=100, n=4, ignore_eos=True))
+    fleet.add(request)
+    listen(fleet, until=lambda heard: heard)
+    fleet.abort(request.id)
+    assert not fleet.busy
+    deadline = time.monotonic() + 60
+    while any(engines[name].busy for name in locals) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [engines[name].counters.pages_used for name in locals] == [0, 0]
+    end(engines, locals)
