@@ -144,7 +144,7 @@ def _switch(url: str, names: list[str], turns: int) -> Row:
                 break
             except ServerError:
                 time.sleep(0.5)
-        load = lambda name: client.post("/v1/models/load", {"model": name})["seconds"]  # noqa: E731
+        load = lambda name: client.post("/models/load", {"model": name})["seconds"]  # noqa: E731
         load(names[1])  # compiles, and fills the cache
         seconds = [[load(name) for name in names] for _ in range(turns)]
     return tuple(f"{statistics.median(column):.2f}" for column in zip(*seconds, strict=True))

@@ -133,7 +133,7 @@ def load(
     from jaxserve.client import Client
 
     with Client(url, api_key) as client:
-        answer = client.post("/v1/models/load", {"model": model})
+        answer = client.post("/models/load", {"model": model})
     print(f"{answer['model']} is served at {url}, after {answer['seconds']:.1f} s")
 
 

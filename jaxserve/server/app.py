@@ -90,7 +90,7 @@ def _routes(service: Service) -> list[Route | Mount]:
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/chat/completions", converse, methods=["POST"]),
         Route("/v1/models", _get(lambda http: json_response(probes.models(service)))),
-        Route("/v1/models/load", load, methods=["POST"]),
+        Route("/models/load", load, methods=["POST"]),
         Route("/v1/models/{name:path}", _get(lambda http: json_response(probes.model(service, _name(http))))),
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxserve.server.errors import ApiError
 
-GUARDED = ("/v1/", "/tokenize", "/detokenize", "/stats")
+GUARDED = ("/v1/", "/models/", "/tokenize", "/detokenize", "/stats")
 """Paths that need a key; health, version and metrics are for machines that have none, and the page asks for it."""
 
 

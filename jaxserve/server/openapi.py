@@ -29,7 +29,7 @@ ENDPOINTS = (
     Endpoint("/v1/completions", "post", "Continue texts", p.CompletionRequest, p.Completion, p.Completion, ASKED),
     Endpoint("/v1/chat/completions", "post", "Answer", p.ChatRequest, p.ChatCompletion, p.ChatChunk, ASKED),
     Endpoint("/v1/models", "get", "What is served", gives=p.Models, errors=(401, 503)),
-    Endpoint("/v1/models/load", "post", "Serve another", p.LoadRequest, p.LoadedModel, errors=(*ASKED, 500)),
+    Endpoint("/models/load", "post", "Serve another", p.LoadRequest, p.LoadedModel, errors=(*ASKED, 500)),
     Endpoint("/v1/models/{name}", "get", "A model", gives=p.Model, errors=(401, 404, 503)),
     Endpoint("/tokenize", "post", "A text's tokens", p.TokenizeRequest, p.Tokens, errors=ASKED),
     Endpoint("/detokenize", "post", "Tokens' text", p.DetokenizeRequest, p.Text, errors=ASKED),

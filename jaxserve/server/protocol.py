@@ -312,7 +312,7 @@ class Models(msgspec.Struct):
 
 
 class LoadRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`POST /v1/models/load`."""
+    """`POST /models/load`."""
 
     model: str
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("server")
 
 LONG = {"prompt": [5, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 SHORT = LONG | {"max_tokens": 4}
-LOAD = "/v1/models/load"
+LOAD = "/models/load"
 
 
 class Models:
