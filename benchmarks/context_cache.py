@@ -25,11 +25,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jaxserve.bench.models import Subject, load
+from jaxserve.bench.models import MODELS, Subject
+from jaxserve.bench.models import random as random_model
 from jaxserve.compilation import enable_cache
 from jaxserve.connector import Connector
 from jaxserve.context import make_connector
 from jaxserve.engine import Engine
+from jaxserve.models import resolve_dtype
 from jaxserve.options import EngineConfig
 from jaxserve.request import Request, SamplingParams
 from jaxserve.tiers.limits import Limits
@@ -144,11 +146,11 @@ def main(
     tokens: Annotated[int, typer.Option(min=128, help="Of a prompt.")] = 4096,
     count: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 3,
     turns: Annotated[int, typer.Option(min=1, help="How often each is asked.")] = 3,
-    model: Annotated[str, typer.Option(help="A standard model, or a folder.")] = "bench-1b",
 ) -> None:
     """Prints the time to the first token, and the throughput of prompts, by tier and by the share that is known."""
     enable_cache()
-    subject = load(model, "int8")
+    longer = {"max_position_embeddings": tokens + 64}
+    subject = random_model("bench-1b", MODELS["bench-1b"] | longer, "int8", resolve_dtype("auto", {}))
     options = EngineConfig(max_num_seqs=count, max_model_len=tokens + 64, num_speculative_tokens=0)
     prompts = Prompts(subject.cfg.vocab_size, tokens, count, options.page_size)
     shares, found = (0.0, 0.5, 0.9), dict[tuple[str, float], list[Asked]]()
