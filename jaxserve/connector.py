@@ -85,7 +85,7 @@ class Connector:
         self._making: dict[tuple[str, int], threading.Lock] = {}
         self._lock = threading.Condition()
         self._exports: dict[str, int] = {}  # bytes that requests have reserved for their pages, on offer later
-        self._copying: set[str] = set()  # requests whose pages are being copied, to be on offer then
+        self._promised: set[str] = set()  # requests of which it will say something, until the engine has that
         self._said: deque[Output] = deque()
         self._happened = threading.Event()
         self._leaving: queue.SimpleQueue[Leaving | threading.Event | None] = queue.SimpleQueue()
@@ -109,13 +109,13 @@ class Connector:
     @property
     def busy(self) -> bool:
         """Whether there is something that it will still say."""
-        return bool(self._copying or self._said)
+        return bool(self._promised)
 
     def bring(self, request: Request, keys: Sequence[Key], found: int) -> Arrival | None:
         """The pages that a request can begin with, if there can be any; the first `found` of those with keys are here.
 
-        Those of the store are asked for at once, those of another engine when the arrival is started. A request that
-        is to export pages waits for room for them too.
+        They are asked for when the arrival is started; that of a request which is to export pages is, for it waits for
+        room first, one after another.
         """
         if (handover := request.handover) is not None:
             return Arrival(lambda: self._watch(self._pulls.submit(self._pull, handover)))
@@ -123,13 +123,12 @@ class Connector:
         if request.export:
             self._exports[request.id] = 0
             arrival = Arrival(lambda: self._watch(self._admissions.submit(self._admit, request, missing, found)))
-        elif missing:
-            salt = request.cache_salt
-            arrival = Arrival(lambda: self._watch(self._fetches.submit(self._fetch, salt, missing, found)))
-        else:
+            arrival.start()
+            return arrival
+        if not missing:
             return None
-        arrival.start()
-        return arrival
+        salt = request.cache_salt
+        return Arrival(lambda: self._watch(self._fetches.submit(self._fetch, salt, missing, found)))
 
     def give(self, leaving: Leaving) -> None:
         """Takes copies of pages; if there is something to be said then, `said` has it later."""
@@ -140,18 +139,18 @@ class Connector:
                 return
             self._leaving_bytes += nbytes
         if leaving.output is not None:
-            self._copying.add(leaving.request.id)
+            self._promised.add(leaving.request.id)
         self._leaving.put(leaving)
 
     def holds(self, request_id: str) -> bool:
         """Whether what is to be said of a request comes from `said`."""
-        return request_id in self._copying
+        return request_id in self._promised
 
     def forget(self, request_id: str) -> None:
         """The request has ended, and exports nothing any more."""
         with self._lock:
             self._exports.pop(request_id, None)
-            self._copying.discard(request_id)
+            self._promised.discard(request_id)
             self._said = deque(output for output in self._said if output.request_id != request_id)
 
     def said(self) -> list[Output]:
@@ -159,6 +158,7 @@ class Connector:
         self._happened.clear()
         with self._lock:
             said, self._said = list(self._said), deque()
+            self._promised.difference_update(output.request_id for output in said)
         return said
 
     def wait(self, seconds: float) -> None:
@@ -261,18 +261,20 @@ class Connector:
             if isinstance(leaving, threading.Event):
                 leaving.set()
                 continue
-            try:
-                said = self._copy(leaving)
-            except Exception as error:  # whoever waits must be told, whatever it was
-                log.exception("pages of a request could not be copied")
-                text = f"the pages could not be copied: {error!r}"
-                said = leaving.output and replace(leaving.output, finish_reason="error", error=text)
-            with self._lock:
-                self._leaving_bytes -= leaving.pages * self.layout.page_bytes
-                if said is not None and said.request_id in self._copying:
-                    self._copying.discard(said.request_id)
-                    self._said.append(said)
-            self._happened.set()
+            self._take(leaving)
+
+    def _take(self, leaving: Leaving) -> None:
+        try:
+            said = self._copy(leaving)
+        except Exception as error:  # whoever waits must be told, whatever it was
+            log.exception("pages of a request could not be copied")
+            text = f"the pages could not be copied: {error!r}"
+            said = leaving.output and replace(leaving.output, finish_reason="error", error=text)
+        with self._lock:
+            self._leaving_bytes -= leaving.pages * self.layout.page_bytes
+            if said is not None and said.request_id in self._promised:
+                self._said.append(said)
+        self._happened.set()
 
     def _copy(self, leaving: Leaving) -> Output | None:
         """Takes pages off the device, to the store and on offer; what is to be said then."""

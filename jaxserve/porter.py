@@ -17,6 +17,8 @@ from jaxserve.tiers.counters import TierCounters
 
 COPIED = 16
 """Pages that are copied at once, out of the cache or into it."""
+AHEAD = 4
+"""Requests that wait for a slot, and whose pages are fetched from the store meanwhile."""
 IDLE = 0.01
 """Seconds to wait for pages when there is nothing to compute."""
 
@@ -75,17 +77,17 @@ class Porter:
         return self._connector.bring(s.request, keys, found)
 
     def receive(self, ranks: Ranked) -> list[tuple[Sequence, str]]:
-        """Gives what has come to those who wait for it; asks other engines for as many more as there are free slots.
+        """Gives what has come to those who wait for it, and asks for more: as much as memory should hold at once.
 
+        Another engine keeps its pages until there is a slot for them; those of the store are fetched somewhat before.
         Returns sequences whose pages will not come, and why.
         """
         missed = []
-        room = sum(rank.num_free for rank in ranks)
-        for s in ranks.expecting():
+        free = sum(rank.num_free for rank in ranks)
+        for place, s in enumerate(ranks.expecting()):
             assert s.coming is not None
-            if room > 0:
+            if place < free + (0 if s.request.handover else AHEAD):
                 s.coming.start()
-            room -= 1
             if s.coming.done:
                 try:
                     s.brought, s.coming = s.coming.result(), None

@@ -381,6 +381,44 @@ def test_prompts_wait_until_there_is_room_for_their_pages():
     assert connector.offered == 1
 
 
+class AtOnce:
+    """A queue whose entries are taken while they are put into it."""
+
+    def __init__(self, connector: Connector):
+        self._connector = connector
+
+    def put(self, leaving: Any) -> None:
+        self._connector._take(leaving)
+
+
+def test_pages_that_leave_at_once_are_said_once(monkeypatch):
+    engine = connected("embedded")
+    connector = connector_of(engine)
+    monkeypatch.setattr(connector, "_leaving", AtOnce(connector))
+    (outputs,) = run(engine, [replace(requests("embedded", ASKED)[-1], export=True)])
+    assert len(outputs) == 1 and outputs[0].handover is not None
+
+
+def test_few_who_wait_have_pages_in_memory():
+    engine, prompt = connected("embedded"), prompts("embedded")[-1]
+    forget(engine)
+    with stored(engine, open_store(StoreConfig())):
+        run(engine, [Request(str(next(NAMES)), prompt, ASKED)])
+        connector_of(engine).flush()
+        forget(engine)
+        params = replace(GREEDY, max_tokens=40)
+        waiting = [Request(str(next(NAMES)), (*prompt[:70], number), params) for number in range(60)]
+        for request in waiting:
+            engine.add(request)
+        most = 0
+        while engine.busy:
+            engine.step()
+            asked = [s for s in engine._schedulers.expecting() if s.coming and s.coming._future]
+            most = max(most, len(asked))
+        assert 0 < most <= engine.options.max_num_seqs + 4
+        assert engine._schedulers[0].hit >= 60 * 64
+
+
 def test_who_goes_away_while_pages_come_or_leave_leaves_nothing_behind():
     engine = connected("embedded")
     connector, (request,) = connector_of(engine), requests("embedded", GREEDY)[-1:]
@@ -399,7 +437,7 @@ def test_who_goes_away_while_pages_come_or_leave_leaves_nothing_behind():
         engine.abort(coming.id)
         while engine.busy:
             engine.step()
-    assert not connector._exports and not connector._copying and not engine._schedulers.expecting()
+    assert not connector._exports and not connector._promised and not engine._schedulers.expecting()
     assert connector.offered - before <= 12  # what nobody fetches becomes too old
 
 
