@@ -8,6 +8,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,10 +29,16 @@ from jaxserve.tiers.store import Store
 
 log = logging.getLogger("jaxserve.connector")
 
-FETCHES, PULLS = 4, 8
-"""Requests whose pages are fetched from the store, or pulled from other engines, at once."""
+FETCHES = 4
+"""Requests whose pages are fetched from the store at once."""
 PATIENCE = 2.0
 """Seconds after which a request begins with those pages of the store that have come."""
+ATTEMPTS = 3
+"""Times that another engine is asked for the same pages."""
+AGAIN = "damaged", "dead", "refused"
+"""What may be otherwise when it is asked again: a link that has ended is made anew, and its other end lets go."""
+SLOWEST = 1 << 20
+"""Bytes a second of a link that is not given up as long as it moves."""
 CLOSING = 10.0
 """Seconds to write what still leaves when the engine is closed."""
 LEAVING = 1 << 30
@@ -77,12 +84,11 @@ class Connector:
 
         Raises OSError if it can't listen for them.
         """
-        self.layout, self.store = layout, store
+        self.layout, self.store, self.version = layout, store, kind and kind.version
         self.lost = self.dropped = 0  # requests whose pages did not come; pages that did not get into the store
         self._page_size, self._kind, self._peers = page_size, kind, peers
         self._sender = _sender(peers) if peers and exports else None
         self._links: dict[tuple[str, int], Receiver] = {}
-        self._making: dict[tuple[str, int], threading.Lock] = {}
         self._lock = threading.Condition()
         self._exports: dict[str, int] = {}  # bytes that requests have reserved for their pages, on offer later
         self._promised: set[str] = set()  # requests of which it will say something, until the engine has that
@@ -91,7 +97,7 @@ class Connector:
         self._leaving: queue.SimpleQueue[Leaving | threading.Event | None] = queue.SimpleQueue()
         self._leaving_bytes, self._serial, self._closed = 0, itertools.count(), False
         self._fetches = ThreadPoolExecutor(FETCHES, "connector fetch")
-        self._pulls = ThreadPoolExecutor(PULLS, "connector pull")
+        self._pullers: dict[tuple[str, int], ThreadPoolExecutor] = {}
         self._admissions = ThreadPoolExecutor(1, "connector admission")
         self._thread = threading.Thread(target=self._copy_out, name="connector", daemon=True)
         self._thread.start()
@@ -118,7 +124,7 @@ class Connector:
         room first, one after another.
         """
         if (handover := request.handover) is not None:
-            return Arrival(lambda: self._watch(self._pulls.submit(self._pull, handover)))
+            return Arrival(lambda: self._watch(self._puller(handover).submit(self._pull, handover)))
         missing = list(keys[found:]) if self.store else []
         if request.export:
             self._exports[request.id] = 0
@@ -179,7 +185,7 @@ class Connector:
             self._lock.notify_all()
         self._leaving.put(None)
         self._thread.join(CLOSING)
-        for pool in (self._fetches, self._pulls, self._admissions):
+        for pool in (self._fetches, self._admissions, *self._pullers.values()):
             pool.shutdown(wait=False, cancel_futures=True)
         for end in (*links, self._sender, self.store):
             if end is not None:
@@ -211,29 +217,34 @@ class Connector:
     def _pull(self, handover: Handover) -> Brought:
         """The pages of another engine. Raises TransferError if they can't be had any more."""
         assert self._peers is not None
-        like = self.layout.like(-(-handover.tokens // self._page_size))
-        for last in (False, True):
+        like = self.layout.like(pages := self._pages(handover.tokens))
+        seconds = self._peers.patience + pages * self.layout.page_bytes / SLOWEST
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                asked = self._link(handover).pull(handover.name, like, self._peers.patience)
-                return Brought(0, handover.tokens, asked.result())
+                return Brought(0, handover.tokens, self._link(handover).pull(handover.name, like, seconds).result())
             except TransferError as error:
-                if last or error.kind not in ("damaged", "dead"):  # a link that has ended can be made anew
+                if attempt == ATTEMPTS or error.kind not in AGAIN or self._closed:
                     self.lost += 1
                     raise
+                time.sleep(LOOK)
         raise AssertionError
+
+    def _puller(self, handover: Handover) -> ThreadPoolExecutor:
+        """Of each other engine: its link gives one after another, and one that stalls delays nobody else's."""
+        address = handover.host, handover.port
+        if address not in self._pullers:
+            self._pullers[address] = ThreadPoolExecutor(1, "connector pull")
+        return self._pullers[address]
 
     def _link(self, handover: Handover) -> Receiver:
         """The only one to another engine, whose sender closes the first if there is a second."""
         assert self._peers is not None
         address = handover.host, handover.port
-        with self._lock:
-            making = self._making.setdefault(address, threading.Lock())
-        with making:  # engines that can't be reached hold up nobody else
-            link = self._links.get(address)
-            if link is None or link.failure:
-                how = {"patience": self._peers.patience, "implementation": self._peers.implementation}
-                self._links[address] = link = Receiver(address, self._peers.token, self._peers.name, **how)
-            return link
+        link = self._links.get(address)
+        if link is None or link.failure:
+            how = {"patience": self._peers.patience, "implementation": self._peers.implementation}
+            self._links[address] = link = Receiver(address, self._peers.token, self._peers.name, **how)
+        return link
 
     # In threads: what leaves.
 
@@ -271,6 +282,7 @@ class Connector:
             text = f"the pages could not be copied: {error!r}"
             said = leaving.output and replace(leaving.output, finish_reason="error", error=text)
         with self._lock:
+            self._exports.pop(leaving.request.id, None)
             self._leaving_bytes -= leaving.pages * self.layout.page_bytes
             if said is not None and said.request_id in self._promised:
                 self._said.append(said)
@@ -279,7 +291,7 @@ class Connector:
     def _copy(self, leaving: Leaving) -> Output | None:
         """Takes pages off the device, to the store and on offer; what is to be said then."""
         blocks = [jax.device_get(block) for block in leaving.blocks]
-        pages = jax.tree.map(lambda *parts: np.concatenate(parts)[: leaving.pages], *blocks)
+        pages = jax.tree.map(lambda *parts: _joined(parts, leaving.pages), *blocks)
         if self.store is not None and self._kind is not None:
             for index, key in enumerate(leaving.keys, start=leaving.first):
                 self.store.put(leaving.request.cache_salt, self._kind.key(key), self.layout.pack(pages, index))
@@ -296,6 +308,12 @@ class Connector:
 
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self._page_size)
+
+
+def _joined(parts: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """The first so many rows of arrays one after another, and no memory besides."""
+    rows = sum(map(len, parts)) - count
+    return np.concatenate([*parts[:-1], parts[-1][: len(parts[-1]) - rows]])
 
 
 def _sender(peers: Peers) -> Sender:

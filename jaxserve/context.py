@@ -13,6 +13,7 @@ from jaxserve import __version__
 from jaxserve import options as sizes
 from jaxserve.compilation import cache_folder
 from jaxserve.connector import Connector, Peers
+from jaxserve.identity import digest
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model
 from jaxserve.layout import PageLayout
@@ -66,7 +67,9 @@ def make_connector(
         raise RequestError("context_cache: it needs enable_prefix_caching, by which pages are found; leave that on")
     dtype = model.embed.dtype
     layout = PageLayout(sizes.cache_of(cfg, options, 1, dtype))
-    kind = config and PageKind(cfg.model_type, weights_version(model), _cache_dtype(options, dtype), options.page_size)
+    kind = PageKind(digest(cfg), weights_version(model), _cache_dtype(options, dtype), options.page_size)
+    longest = -(-sizes.model_len(cfg, options) // options.page_size) * layout.page_bytes
+    peers = peers and peers._replace(limit=max(peers.limit, longest))
     opened = config and open_store(config)
     return Connector(layout, options.page_size, store=opened, kind=kind, peers=peers, exports=exports)
 
@@ -91,4 +94,4 @@ def _digest(array: Any) -> str:
 
 
 def _cache_dtype(options: EngineConfig, dtype: Any) -> str:
-    return f"{jnp.dtype(dtype)} {options.kv_cache_dtype}"
+    return f"{jnp.dtype(dtype)} {options.kv_cache_dtype} on {jax.default_backend()}"

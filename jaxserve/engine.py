@@ -187,7 +187,8 @@ class Engine:
     @property
     def identity(self) -> Identity:
         """What tells its weights and its cache from those of other engines."""
-        weights = f"{_checksum(self._model):08x}" + ("-int8" if is_int8(self._model) else "")
+        part = f"{_checksum(self._model):08x}" + ("-int8" if is_int8(self._model) else "")
+        weights = self._porter.version or part
         dtype, options = str(self._model.embed.dtype), self.options
         return Identity(digest(self.cfg), weights, dtype, options.kv_cache_dtype, options.page_size)
 
@@ -283,7 +284,8 @@ class Engine:
     def _step(self) -> list[Output]:
         clock = [time.perf_counter()]
         self._said += self._porter.said()
-        self._said += [self._answers.miss(s, why) for s, why in self._porter.receive(self._schedulers)]
+        missed = (self._answers.miss(s, why) for s, why in self._porter.receive(self._schedulers))
+        self._said += self._porter.passed(missed)
         plans = self._plan()
         if self._rebalancer and self._rebalancer.busy:
             self._model = self._rebalancer.advance(self._model, self._programs[move])

@@ -34,6 +34,11 @@ class Porter:
         self._copier, self._first_rank = PageCopier(devices, COPIED), devices.here.start
 
     @property
+    def version(self) -> str | None:
+        """Of the weights that pages are computed with, if it is known."""
+        return self._connector.version if self._connector else None
+
+    @property
     def tiers(self) -> dict[str, TierCounters]:
         """What the tiers of the context cache count."""
         store = self._connector and self._connector.store
@@ -83,7 +88,7 @@ class Porter:
         Returns sequences whose pages will not come, and why.
         """
         missed = []
-        free = sum(rank.num_free for rank in ranks)
+        free = sum(rank.num_free for rank in ranks) - ranks.num_brought
         for place, s in enumerate(ranks.expecting()):
             assert s.coming is not None
             if place < free + (0 if s.request.handover else AHEAD):
@@ -91,8 +96,8 @@ class Porter:
             if s.coming.done:
                 try:
                     s.brought, s.coming = s.coming.result(), None
-                except TransferError as error:
-                    missed.append((s, str(error)))
+                except Exception as error:  # of whatever kind: the steps of others must go on
+                    missed.append((s, str(error) if isinstance(error, TransferError) else repr(error)))
         return missed
 
     def fill(self, cache: Any, fills: Iterable[Fill]) -> Any:

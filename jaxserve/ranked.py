@@ -27,6 +27,12 @@ class Ranked:
     def num_waiting(self) -> int:
         return len(self._waiting) + sum(rank.num_waiting for rank in self.ranks)
 
+    @property
+    def num_brought(self) -> int:
+        """Those that wait, and whose pages have come from elsewhere: in memory, until they start."""
+        waiting = [*self._waiting, *(s for rank in self.ranks for s in rank.waiting)]
+        return sum(s.brought is not None for s in waiting)
+
     def __len__(self) -> int:
         return len(self.ranks)
 

@@ -162,6 +162,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting(self) -> Iterable[Sequence]:
+        """Those that wait, in no order."""
+        return self._waiting
+
+    @property
     def num_free(self) -> int:
         """Slots that nobody has."""
         return len(self._slots)

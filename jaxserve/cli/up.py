@@ -77,8 +77,9 @@ def up(
     secret = {"JAXSERVE_FLEET_TOKEN": fleet_token or secrets.token_hex(16)}
     environment = secret | ({"JAXSERVE_API_KEY": api_key} if api_key else {})
     children = Children(environment, Teller(["router", *instances]))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: children.end())
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # a terminal that is closed ends them too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: children.end())
     sys.exit(children.run([*serve, *facing, "--role", "router", "--no-log-requests"], instances))
 
 

@@ -29,6 +29,8 @@ from jaxserve.tokenizer import Tokenizer
 
 log = logging.getLogger("jaxserve.fleet")
 
+LOSSES = 2
+"""Times that a job's pages may be lost on their way; then its prompt is computed where its answer is."""
 BRIEF = 0.005
 """Seconds that a step waits for something to come."""
 
@@ -284,7 +286,8 @@ class Fleet:
             job.target = choose_decode(loads, job.tokens, self.options.ahead, job.avoid)
         if job.target is None:
             return False
-        where = None if job.prefilled else choose_prefill(self.members.prefill_loads(others), job.tokens, job.avoid)
+        alone = job.prefilled or job.losses >= LOSSES
+        where = None if alone else choose_prefill(self.members.prefill_loads(others), job.tokens, job.avoid)
         stage, name = ("prefill", where) if where else ("decode", job.target)
         instance = self.members.get(name)
         if instance is None:
@@ -298,8 +301,9 @@ class Fleet:
     def _hear_of(self, job: Job, name: str, output: Output, good: bool) -> None:
         """Moves a job on by an output of the instance that works on it."""
         no_fault = job.stage == "prefill" or output.lost or not good
+        job.losses += output.lost
         if output.finish_reason == "error" and no_fault:
-            self._again(job, f"{name}: {output.error}", avoid=None if output.lost else name)
+            self._again(job, f"{name}: {output.error}", avoid=job.source if output.lost else name)
         elif job.stage == "decode":
             self._tell(job, output)
         elif output.finish_reason:

@@ -115,6 +115,11 @@ class Local:
         return Signs(beat, busy, self.engine.counters, self._memory, time.monotonic())
 
     @property
+    def idle(self) -> bool:
+        """Whether it has no task."""
+        return not self._open
+
+    @property
     def open(self) -> int:
         """How many tasks are not done, or have left something here."""
         return len(self._open) + self._offered()
@@ -149,16 +154,16 @@ class Local:
         try:
             self.engine.add(request)
         except RequestError as error:
-            self._open.discard(request.id)
             self._hear(Refused(request.id, str(error)))
+            self._open.discard(request.id)
 
     def _abort(self, task: str) -> None:
         self._open.discard(task)
         self.engine.abort(task)
 
     def _said(self, outputs: Sequence[Output], good: bool) -> None:
+        self._hear(Said(outputs, good))  # before it counts as done, or the line might be closed in between
         self._open.difference_update(output.request_id for output in outputs if output.finish_reason)
-        self._hear(Said(outputs, good))
 
     def _failed(self, error: BaseException) -> None:
         self._hear(Gone(f"its engine has failed: {error!r}"))

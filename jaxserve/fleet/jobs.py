@@ -35,6 +35,8 @@ class Job:
     num_cached_tokens: int = 0
     queue_seconds: float | None = None  # from its arrival to when it was first begun
     given: float = 0.0  # when the instance got it
+    source: str | None = None  # where its prompt was computed
+    losses: int = 0  # of its pages on their way
     attempts: int = 0  # that failed
     avoid: str | None = None  # where it failed last
     lost: float | None = None  # since when it waits for another instance to go on
@@ -61,6 +63,7 @@ class Job:
     def has_prefilled(self, output: Output) -> None:
         """Its prompt is computed; where an instance has no pages to give, the next one computes it too."""
         self._note(output)
+        self.source = self.at
         self.stage, self.at, self.handover, self.prefilled = "waiting", None, output.handover, True
 
     def grow(self, output: Output) -> Output:

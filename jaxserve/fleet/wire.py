@@ -57,11 +57,13 @@ Message = Hello | Welcome | Add | Abort | Pulse | Leave | Said | Refused | Gone
 
 
 def encode(message: Message) -> bytes:
-    """MessagePack, not JSON: log-probabilities may be NaN. Raises RequestError for text that isn't Unicode."""
+    """MessagePack, not JSON: log-probabilities may be NaN. Raises RequestError for what has no place in it."""
     try:
         return _encoder.encode(message)
     except UnicodeEncodeError as error:
         raise RequestError(f"the request has text that can't be written as UTF-8: {error}") from None
+    except (OverflowError, TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the request can't be sent to an instance: {error}") from None
 
 
 def decode(data: bytes | bytearray) -> Message:

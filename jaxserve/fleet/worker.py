@@ -89,11 +89,15 @@ class Worker:
 
     def _work(self, line: Line) -> None:
         self._line = line
+        if self._leaving.is_set() or self._failed.is_set():  # said while it dialled
+            line.close()
         reason = line.run(self._take)
         self._line = None
         self._local.abort_all()
         if not self._leaving.is_set():
             self._tell(f"the router is gone: {reason}")
+        while not (self._local.idle or self._leaving.is_set() or self._failed.is_set()):
+            time.sleep(TICK)  # an engine that hangs must not join again as if it were well
 
     def _take(self, message: Message) -> None:
         match message:
@@ -146,7 +150,8 @@ def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Calla
     raise.
     """
     peers = Peers(options.token, options.name, host=options.host, seconds=OFFERED)
-    engine = load(peers, options.role == "prefill").engine
+    llm = load(peers, options.role == "prefill")
+    engine = llm.engine
     if not isinstance(engine, Engine):
         raise RequestError(f"an instance needs an engine of its own; got {type(engine).__name__}")
     local = Local(engine, about(engine, options.name, options.role), lambda: engine.offered)
@@ -154,3 +159,4 @@ def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Calla
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.leave())
     worker.run()
+    llm.close()

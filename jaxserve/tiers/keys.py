@@ -9,7 +9,7 @@ Key = bytes
 class PageKind(NamedTuple):
     """All that the bytes of a page depend on besides its tokens and those before them."""
 
-    model: str
+    model: str  # all of its config, as a digest
     version: str  # of the weights as they are computed with: rounded when they are loaded, they are others
     dtype: str  # of the cache
     page_size: int  # tokens

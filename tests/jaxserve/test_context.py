@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -63,6 +65,18 @@ def test_another_model_in_the_same_folder_finds_nothing(tiny_folder, tmp_path):
     assert [each.num_cached_tokens for each in found] == [0, 0, 48, 48]
     for before, after in zip(found, found[2:], strict=False):
         assert before.outputs[0].token_ids == after.outputs[0].token_ids
+
+
+def test_the_same_weights_with_another_config_find_nothing(tiny_folder, tmp_path):
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    raw = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(raw | {"rope_theta": 2 * raw["rope_theta"]}))
+    prompt, config = list(range(2, 60)), StoreConfig(folder=tmp_path / "pages")
+    found = []
+    for folder in (tiny_folder, other, tiny_folder):
+        with LLM(folder, context_cache=config, **SMALL) as llm:
+            found.append(llm.generate([prompt], GREEDY)[0].num_cached_tokens)
+    assert found == [0, 0, 48]
 
 
 def test_a_context_cache_needs_keys_of_pages(tiny_folder):
