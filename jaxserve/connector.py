@@ -92,6 +92,7 @@ class Connector:
         self._lock = threading.Condition()
         self._exports: dict[str, int] = {}  # bytes that requests have reserved for their pages, on offer later
         self._promised: set[str] = set()  # requests of which it will say something, until the engine has that
+        self._offers: dict[str, str] = {}  # what requests have on offer, or had a while ago
         self._said: deque[Output] = deque()
         self._happened = threading.Event()
         self._leaving: queue.SimpleQueue[Leaving | threading.Event | None] = queue.SimpleQueue()
@@ -153,11 +154,21 @@ class Connector:
         return request_id in self._promised
 
     def forget(self, request_id: str) -> None:
-        """The request has ended, and exports nothing any more."""
+        """Nobody wants anything of a request any more: it exports nothing, and what it has on offer is withdrawn."""
         with self._lock:
             self._exports.pop(request_id, None)
             self._promised.discard(request_id)
             self._said = deque(output for output in self._said if output.request_id != request_id)
+            name = self._offers.pop(request_id, None)
+            if self._sender and name:
+                self._sender.withdraw(name)
+
+    def withdraw(self) -> None:
+        """Nobody will take what is on offer now."""
+        with self._lock:
+            self._offers.clear()
+            if self._sender:
+                self._sender.offers.clear()
 
     def said(self) -> list[Output]:
         """What has come to be said since the last time."""
@@ -304,6 +315,9 @@ class Connector:
             wanted = self._exports.pop(leaving.request.id, None) is not None
             if wanted and not self._sender.offer(name, pages, seconds=self._peers.seconds):
                 raise TransferError("there is no room for its pages", "refused")
+            if wanted:
+                held = self._sender.offers
+                self._offers = {id: its for id, its in self._offers.items() if its in held} | {leaving.request.id: name}
         return replace(output, handover=Handover(*self._sender.address, name, leaving.tokens))
 
     def _pages(self, tokens: int) -> int:

@@ -209,6 +209,7 @@ class Engine:
         self._note_moment()
 
     def abort(self, request_id: str) -> None:
+        """Also of one that is answered: its pages are not on offer any more."""
         self._answers.abort(request_id)
         self._porter.forget(request_id)
         self._note_moment()
@@ -238,6 +239,10 @@ class Engine:
         self._failure, self._said = None, []
         self._note_moment()
         return outputs
+
+    def withdraw(self) -> None:
+        """No other engine will take the pages that are on offer now."""
+        self._porter.withdraw()
 
     def expert_load(self) -> np.ndarray:
         """Tokens that each expert has got so far, int64 `[l, e]`; MTP modules last.

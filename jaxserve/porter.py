@@ -146,9 +146,14 @@ class Porter:
                 yield output
 
     def forget(self, request_id: str) -> None:
-        """A request has ended otherwise than by what the connector says."""
+        """A request has ended otherwise than by what the connector says, or nobody will take its pages."""
         if self._connector:
             self._connector.forget(request_id)
+
+    def withdraw(self) -> None:
+        """Nobody will take what is on offer now."""
+        if self._connector:
+            self._connector.withdraw()
 
     def rest(self) -> None:
         """Waits a little, for a step that has nothing to compute."""

@@ -35,6 +35,9 @@ class Offers:
     def __len__(self) -> int:
         return len(self._held)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
     def add(self, name: str, arrays: Sequence[Any], rows: int | None, seconds: float) -> bool:
         """Whether there is room; if not, nothing is kept.
 

@@ -303,7 +303,8 @@ class Fleet:
         no_fault = job.stage == "prefill" or output.lost or not good
         job.losses += output.lost
         if output.finish_reason == "error" and no_fault:
-            self._again(job, f"{name}: {output.error}", avoid=job.source if output.lost else name)
+            lender = job.lent and job.lent[0]
+            self._again(job, f"{name}: {output.error}", avoid=lender if output.lost else name)
         elif job.stage == "decode":
             self._tell(job, output)
         elif output.finish_reason:
@@ -330,6 +331,7 @@ class Fleet:
     def _again(self, job: Job, cause: str, avoid: str | None) -> None:
         """Asks another instance, unless it has been tried too often."""
         self._tasks.pop(job.task, None)
+        self._withdraw(job)
         job.fail(self._clock(), avoid)
         if job.attempts >= self.options.attempts:
             self._end(job, f"given up after {job.attempts} attempts; at the last, {cause}")
@@ -339,6 +341,7 @@ class Fleet:
 
     def _end(self, job: Job, error: str) -> None:
         job.lost = None
+        self._withdraw(job)
         self._tell(job, Output(job.task, finish_reason="error", error=error))
 
     def _forget(self, job: Job) -> None:
@@ -348,10 +351,17 @@ class Fleet:
             del self._jobs[job.request.id]
 
     def _recall(self, job: Job) -> None:
-        """Tells the instance that works on a job that nobody wants it."""
+        """Tells the instances that work on a job, or have its pages, that nobody wants it."""
         _, instance = self._tasks.pop(job.task, (None, None))
         if instance:
             instance.abort(job.task)
+        self._withdraw(job)
+
+    def _withdraw(self, job: Job) -> None:
+        """Tells the instance where a job's pages may still lie that nobody will fetch them."""
+        (where, task), job.lent = job.lent or ("", ""), None
+        if instance := self.members.get(where):
+            instance.abort(task)
 
     def _expire(self) -> None:
         """Ends what has waited too long for somebody to come."""

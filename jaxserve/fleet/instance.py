@@ -88,7 +88,7 @@ class Instance(Protocol):
         ...
 
     def abort(self, task: str) -> None:
-        """Nobody wants to know of a task any more."""
+        """Nobody wants to know of a task any more; of one that is done, nobody will fetch the pages."""
         ...
 
     def close(self) -> None:
@@ -99,10 +99,13 @@ class Instance(Protocol):
 class Local:
     """An engine of this process, stepped by a thread of its own."""
 
-    def __init__(self, engine: Serving, about: About, offered: Callable[[], int] = lambda: 0):
-        """`offered` says how many tasks are done, but others still have to take their pages."""
+    def __init__(
+        self, engine: Serving, about: About, offered: Callable[[], int] = lambda: 0,
+        withdraw: Callable[[], object] = lambda: None,
+    ):  # fmt: skip
+        """`offered` says how many tasks are done, but others still have to take their pages; `withdraw` ends that."""
         self.about, self.engine, self.draining = about, engine, False
-        self._offered = offered
+        self._offered, self._withdraw = offered, withdraw
         self._memory = engine.memory  # asked for later, it might be in the middle of a step
         self._open: set[str] = set()  # tasks that are not done
         self._hear: Hear = lambda event: None
@@ -136,8 +139,8 @@ class Local:
         self._tell(lambda: self._abort(task))
 
     def abort_all(self) -> None:
-        """Nobody wants to know of any task any more."""
-        self._tell(lambda: [self._abort(task) for task in list(self._open)])
+        """Nobody wants to know of any task any more, nor will anybody fetch pages."""
+        self._tell(self._abort_all)
 
     def close(self) -> None:
         if self._runner:
@@ -160,6 +163,11 @@ class Local:
     def _abort(self, task: str) -> None:
         self._open.discard(task)
         self.engine.abort(task)
+
+    def _abort_all(self) -> None:
+        for task in list(self._open):
+            self._abort(task)
+        self._withdraw()
 
     def _said(self, outputs: Sequence[Output], good: bool) -> None:
         self._hear(Said(outputs, good))  # before it counts as done, or the line might be closed in between

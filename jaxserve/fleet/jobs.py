@@ -29,13 +29,13 @@ class Job:
     said_here: bool = False  # whether that instance has said something of it
     answered: list[int] = field(default_factory=list)  # what the client has been told
     handover: Handover | None = None
+    lent: tuple[str, str] | None = None  # the instance where its pages lie to be fetched, and what it was called there
     begun: bool = False  # whether the client has been told anything
     prefilled: bool = False
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     num_cached_tokens: int = 0
     queue_seconds: float | None = None  # from its arrival to when it was first begun
     given: float = 0.0  # when the instance got it
-    source: str | None = None  # where its prompt was computed
     losses: int = 0  # of its pages on their way
     attempts: int = 0  # that failed
     avoid: str | None = None  # where it failed last
@@ -63,13 +63,13 @@ class Job:
     def has_prefilled(self, output: Output) -> None:
         """Its prompt is computed; where an instance has no pages to give, the next one computes it too."""
         self._note(output)
-        self.source = self.at
+        self.lent = (self.at, self.task) if self.at and output.handover else None
         self.stage, self.at, self.handover, self.prefilled = "waiting", None, output.handover, True
 
     def grow(self, output: Output) -> Output:
         """What the client is told of an output of the decode instance."""
         self._note(output)
-        self.said_here, self.lost = True, None
+        self.said_here, self.lost, self.lent = True, None, None
         self.answered += output.token_ids
         told = replace(output, request_id=self.request.id, index=self.index, num_cached_tokens=0, queue_seconds=0.0)
         if not self.begun:

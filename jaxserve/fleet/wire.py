@@ -38,7 +38,7 @@ class Add(msgspec.Struct, tag=True, frozen=True):
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
-    """Nobody wants to know of a task any more."""
+    """Nobody wants to know of a task any more; of one that is done, nobody will fetch the pages."""
 
     task: str
 

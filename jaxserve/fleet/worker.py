@@ -154,7 +154,7 @@ def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Calla
     engine = llm.engine
     if not isinstance(engine, Engine):
         raise RequestError(f"an instance needs an engine of its own; got {type(engine).__name__}")
-    local = Local(engine, about(engine, options.name, options.role), lambda: engine.offered)
+    local = Local(engine, about(engine, options.name, options.role), lambda: engine.offered, engine.withdraw)
     worker = Worker(local, options.router, options.token, tell, options.drain_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.leave())

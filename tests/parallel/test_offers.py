@@ -20,7 +20,7 @@ def test_there_is_room_for_so_many_bytes_and_what_was_taken_makes_more():
     offers = Offers(100)
     assert offers.add("a", arrays(60), None, 9.0) and offers.add("b", arrays(40), None, 9.0)
     assert not offers.add("c", arrays(1), None, 9.0)
-    assert (len(offers), offers.nbytes) == (2, 100)
+    assert (len(offers), offers.nbytes) == (2, 100) and "a" in offers and "c" not in offers
     offers.claim("a")
     offers.remove("a")
     assert offers.add("c", arrays(60), None, 9.0)

@@ -71,9 +71,12 @@ class Fake:
 
     def abort(self, task: str) -> None:
         self.tasks.pop(task, None)
+        self._offers.discard(self._offer(task))
 
     def close(self) -> None:
+        """What it still offers, nobody will fetch; it notices that its router is gone."""
         self.closed = True
+        self._offers -= {name for name in self._offers if name.startswith(self._offer(""))}
 
     # What a test tells it.
 
@@ -106,8 +109,9 @@ class Fake:
 
     def _prefill(self, request: Request) -> Output:
         assert request.export and request.params.max_tokens == 1
-        name = f"{self.about.name}/{request.id}"
-        self._offers.add(name)
+        name = self._offer(request.id)
+        if not self.closed:
+            self._offers.add(name)
         handover = Handover("host", 1, name, len(request.prompt_token_ids) + len(request.answered))
         return Output(
             request.id, token_ids=(0,), finish_reason="length", handover=handover, num_cached_tokens=1,
@@ -130,6 +134,9 @@ class Fake:
         known = None if began else self._known(request)
         text = "".join(f"{token} " for token in tokens)
         return Output(request.id, text=text, token_ids=tokens, finish_reason=reason, prompt_logprobs=known)
+
+    def _offer(self, task: str) -> str:
+        return f"{self.about.name}/{task}"
 
     def _known(self, request: Request):
         wanted = request.params.prompt_logprobs is not None

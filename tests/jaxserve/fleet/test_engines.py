@@ -119,7 +119,8 @@ def make_fleet(engines, *names):
     fleet, locals = Fleet(cfg, tokenizer, engines["alone"].max_model_len), {}
     for name in names:
         engine = engines[name]
-        locals[name] = Local(engine, about(engine, name, "prefill" if name[0] == "P" else "decode"))
+        what = about(engine, name, "prefill" if name[0] == "P" else "decode")
+        locals[name] = Local(engine, what, withdraw=engine.withdraw)
         fleet.join(locals[name])
     return fleet, locals
 
@@ -128,7 +129,15 @@ def sender(engines):
     return engines["P1"]._porter._connector._sender
 
 
+def eventually(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
 def end(engines, locals):
+    eventually(lambda: not engines["P1"].offered)
     for name, local in locals.items():
         local.close()
         local._runner.join(60)
@@ -161,15 +170,39 @@ def test_a_decode_instance_that_is_lost_in_the_middle_changes_no_answer(engines,
     end(engines, locals)
 
 
-def test_a_request_that_is_aborted_leaves_nothing_anywhere(engines):
+WHENS = {
+    "at once": lambda engines, heard: True,
+    "when prompts are computed": lambda engines, heard: engines["P1"].counters.running,
+    "when pages are copied": lambda engines, heard: engines["P1"]._porter._connector._promised,
+    "when pages are on offer": lambda engines, heard: len(sender(engines).offers),
+    "when some are answered": lambda engines, heard: heard,
+    "when others wait for a slot": lambda engines, heard: heard and len(sender(engines).offers) > 2,
+}
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_a_request_that_is_aborted_leaves_nothing_anywhere(engines, when):
     fleet, locals = make_fleet(engines, "P1", "D1")
-    request = replace(requests()[0], params=SamplingParams(max_tokens=100, n=4, ignore_eos=True))
+    params = SamplingParams(max_tokens=100, n=2 * engines["D1"].options.max_num_seqs, ignore_eos=True)
+    request = replace(requests()[0], params=params)
     fleet.add(request)
-    listen(fleet, until=lambda heard: heard)
+    listen(fleet, until=lambda heard: WHENS[when](engines, heard))
+    assert fleet.busy
     fleet.abort(request.id)
     assert not fleet.busy
-    deadline = time.monotonic() + 60
-    while any(engines[name].busy for name in locals) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    eventually(lambda: not any(engines[name].busy or engines[name].offered for name in locals))
     assert [engines[name].counters.pages_used for name in locals] == [0, 0]
+    end(engines, locals)
+
+
+def test_an_instance_that_has_lost_its_router_withdraws_what_it_has_on_offer(engines):
+    _, locals = make_fleet(engines, "P1")
+    for number, request in enumerate(requests()[:3]):
+        params = SamplingParams(temperature=0, max_tokens=1)
+        locals["P1"].add(replace(request, id=f"lent {number}", params=params, export=True))
+    eventually(lambda: len(sender(engines).offers) == 3)
+    locals["P1"].abort("lent 1")
+    eventually(lambda: engines["P1"].offered == 2)
+    locals["P1"].abort_all()
+    eventually(lambda: engines["P1"].offered == 0)
     end(engines, locals)

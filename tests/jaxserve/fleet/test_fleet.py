@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from jaxserve.fleet import fleet as module
 from jaxserve.fleet.health import Patience
+from jaxserve.fleet.instance import Said
 from jaxserve.parallel.errors import QueueFullError, RequestError
 from jaxserve.request import Output
 from tests.jaxserve.fleet.fakes import Clock, Fake, asked, make_fleet, prompt_logprobs, said
@@ -324,6 +325,52 @@ def test_an_aborted_request_is_taken_back_from_everybody():
     stage.fleet.abort("x")
     stage.fleet.abort("never asked")
     assert not prefill.tasks and not decode.tasks and not stage.fleet.busy
+    assert not stage.offers
+
+
+def pages_are_lost(stage: Stage) -> None:
+    decode = stage.fakes[1]
+    (task,) = decode.tasks
+    del decode.tasks[task]
+    decode.hear(Said([Output(task, finish_reason="error", error="no page came in time", lost=True)]))
+
+
+ENDS = {
+    "aborted": lambda stage: stage.fleet.abort("x"),
+    "its decode instance is gone": lambda stage: stage.fakes[1].die(),
+    "its decode instance fails": lambda stage: stage.fakes[1].fail(),
+    "its decode instance refuses it": lambda stage: stage.fakes[1].refuse(next(iter(stage.fakes[1].tasks))),
+    "its pages are lost": pages_are_lost,
+    "the router fails": lambda stage: stage.fleet.recover(),
+}
+
+
+@pytest.mark.parametrize("attempts", [1, 5])
+@pytest.mark.parametrize("end", ENDS)
+def test_pages_that_nobody_will_fetch_are_withdrawn(end, attempts):
+    stage = Stage(attempts=attempts)
+    prefill, decode = stage.pair()
+    stage.fleet.add(asked("x", (5,)))
+    prefill.work()
+    stage.step()
+    assert len(stage.offers) == len(decode.tasks) == 1
+    ENDS[end](stage)
+    stage.step()
+    assert not stage.offers
+
+
+def test_pages_of_an_answer_that_waits_for_a_decode_instance_are_withdrawn_with_it():
+    stage = Stage(wait=30)
+    prefill, decode = stage.pair()
+    stage.fleet.add(asked("x", (5,), n=2))
+    decode.draining = True
+    prefill.work()
+    stage.step()
+    assert len(stage.offers) == 2 and stage.fleet.stages() == {"waiting": 2}
+    stage.step()
+    stage.clock.now += 31
+    stage.step()
+    assert stage.last("x").error and not stage.fleet.busy and not stage.offers
 
 
 def test_a_router_that_fails_in_a_step_ends_all_and_goes_on(monkeypatch):
@@ -473,7 +520,7 @@ class Storm(RuleBasedStateMachine):
                     request.prompt_token_ids, 5 + index, request.params.max_tokens
                 )
                 assert (last.finish_reason == "length" and complete) or "given up after 4 attempts" in last.error
-        assert not stage.fleet._tasks and not stage.fleet._jobs
+        assert not stage.fleet._tasks and not stage.fleet._jobs and not stage.offers
 
 
 TestStorm = Storm.TestCase
