@@ -9,6 +9,10 @@ import typer
 from rich.text import Text
 
 from jaxserve.cli.options import (
+    ContextCacheDiskOption,
+    ContextCacheMemoryOption,
+    ContextCacheOption,
+    ContextCacheSharedOption,
     DevicesOption,
     DtypeOption,
     FleetTokenOption,
@@ -16,6 +20,7 @@ from jaxserve.cli.options import (
     MaxModelLenOption,
     MeshOption,
     ModelArgument,
+    ModelCacheOption,
     QuantizationOption,
 )
 from jaxserve.cli.show import notes
@@ -41,6 +46,11 @@ def up(
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    context_cache: ContextCacheOption = None,
+    context_cache_memory_gb: ContextCacheMemoryOption = 1.0,
+    context_cache_disk_gb: ContextCacheDiskOption = 16.0,
+    context_cache_shared_gb: ContextCacheSharedOption = 64.0,
+    model_cache: ModelCacheOption = None,
     devices: DevicesOption = None,
     mesh: MeshOption = None,
     drain_timeout: Annotated[
@@ -58,6 +68,8 @@ def up(
     jaxserve up
 
     jaxserve up --prefill 2 --decode 1 Qwen/Qwen3-0.6B --quantization int8
+
+    Instances share the folders of --context-cache and --model-cache; each has a cache in memory of its own.
     """
     from jaxserve.fleet.children import Children
 
@@ -67,7 +79,11 @@ def up(
         kv_cache_dtype=kv_cache_dtype, drain_timeout=drain_timeout,
     )  # fmt: skip
     facing = _given(None, host=host, port=port, served_model_name=served_model_name, control_port=0)
-    own = _given(None, devices=devices, mesh=mesh)
+    own = _given(
+        None, devices=devices, mesh=mesh, model_cache=model_cache, context_cache=context_cache,
+        context_cache_memory_gb=context_cache_memory_gb, context_cache_disk_gb=context_cache_disk_gb,
+        context_cache_shared_gb=context_cache_shared_gb,
+    )  # fmt: skip
     serve = [sys.executable, "-m", "jaxserve", "serve", *common]
     instances = {
         f"{role}-{number}": [*serve, *own, "--role", role, "--name", f"{role}-{number}"]
