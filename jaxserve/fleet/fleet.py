@@ -75,6 +75,7 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)  # instances, by why: gone, dead, hung
     detection: Span = field(default_factory=Span)  # from the last sign of an instance until it was found lost
     recovery: Span = field(default_factory=Span)  # from then until another has gone on with a job of it
+    missed: Counter[tuple[str, str]] = field(default_factory=Counter)  # pages that did not come, by from where to where
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -303,8 +304,8 @@ class Fleet:
         no_fault = job.stage == "prefill" or output.lost or not good
         job.losses += output.lost
         if output.finish_reason == "error" and no_fault:
-            lender = job.lent and job.lent[0]
-            self._again(job, f"{name}: {output.error}", avoid=lender if output.lost else name)
+            avoid = self._miss(job, name, output) if output.lost else name
+            self._again(job, f"{name}: {output.error}", avoid)
         elif job.stage == "decode":
             self._tell(job, output)
         elif output.finish_reason:
@@ -312,6 +313,15 @@ class Fleet:
             job.has_prefilled(output)
             if not self._place(job):
                 self._push(job)
+
+    def _miss(self, job: Job, name: str, output: Output) -> str | None:
+        """Notes that a job's pages did not come to an instance; gives from where."""
+        if job.lent is None:
+            return None
+        lender, _ = job.lent
+        self.tally.missed[lender, name] += 1
+        log.warning("pages did not come from %s to %s: %s", lender, name, output.error)
+        return lender
 
     def _tell(self, job: Job, output: Output) -> None:
         """Tells the client."""

@@ -28,6 +28,11 @@ class FleetCollector(Collector):
         for why in ("gone", "dead", "hung"):
             lost.add_metric([why], tally.lost[why])
         yield lost
+        text = "Prompts whose pages did not come from one instance to the other."
+        missed = CounterMetricFamily("jaxserve:fleet_handovers_missed", text, labels=("prefill", "decode"))
+        for link, count in list(tally.missed.items()):
+            missed.add_metric(link, count)
+        yield missed
         yield _summary("detection", "From the last sign of an instance until it was found lost.", tally.detection)
         yield _summary("recovery", "From then until another instance went on with an answer.", tally.recovery)
 

@@ -1,8 +1,9 @@
 """Pages that come from elsewhere change no token: whatever they come from, and wherever they were computed."""
 
+import errno
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,14 @@ from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import RequestError
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.request import Handover, Output, Request, SamplingParams, StructuredOutputs
+from jaxserve.tiers import disk
 from jaxserve.tiers.keys import PageKind
 from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.store import Store, StoreConfig, open_store
 from tests.jaxserve.conftest import EMBEDDED_SIZE, MESH_SHAPES, loaded, tokens, with_few_shapes
 from tests.jaxserve.test_product import prompts
-from tests.jaxserve.tiers.conftest import Server, free_ports
+from tests.jaxserve.tiers.conftest import Server, eventually, free_ports, start
+from tests.jaxserve.tiers.test_shared import values_in
 
 PAGE = EMBEDDED_SIZE["page_size"]
 GREEDY = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
@@ -76,14 +79,18 @@ def forget(engine: Engine) -> None:
         scheduler.pool.clear()
 
 
-def run(engine: Engine, requests: list[Request]) -> list[list[Output]]:
-    """All outputs of each request."""
+def run(engine: Engine, requests: list[Request], fault: Callable[[], object] | None = None) -> list[list[Output]]:
+    """All outputs of each request; a fault happens as soon as something was said."""
     said: dict[str, list[Output]] = {request.id: [] for request in requests}
     for request in requests:
         engine.add(request)
     while engine.busy:
         for output in engine.step():
             said[output.request_id].append(output)
+        if fault and any(said.values()):
+            fault()
+            fault = None
+    assert fault is None
     assert sum(scheduler.pool.used for scheduler in engine._schedulers) == 0
     return list(said.values())
 
@@ -92,9 +99,9 @@ def requests(name: str, params: SamplingParams, **more: Any) -> list[Request]:
     return [Request(str(next(NAMES)), prompt, params, **more) for prompt in prompts(name)]
 
 
-def answers(engine: Engine, asked: list[Request]) -> list[list[int]]:
+def answers(engine: Engine, asked: list[Request], fault: Callable[[], object] | None = None) -> list[list[int]]:
     """The tokens of each request, none of which fails."""
-    outputs = run(engine, asked)
+    outputs = run(engine, asked, fault)
     assert all(each[-1].finish_reason == "length" for each in outputs)
     return [tokens(each) for each in outputs]
 
@@ -322,6 +329,67 @@ def test_what_is_damaged_on_disk_is_computed_again(tmp_path):
         forget(engine)
         assert answers(engine, requests("embedded", GREEDY)) == expected(GREEDY, 0, False)
         assert store.counters()["disk"].damaged > 0
+
+
+@pytest.fixture
+def ask() -> Callable[..., None]:
+    """Asks an engine that has forgotten all; its answers are right, whatever happens meanwhile."""
+    engine, wanted = connected("embedded"), expected(GREEDY, 0, False)
+
+    def ask(store: Store, fault: Callable[[], object] | None = None) -> None:
+        forget(engine)
+        assert answers(engine, requests("embedded", GREEDY), fault) == wanted
+        connector_of(engine).flush()
+        assert store.flush(SECONDS)
+
+    return ask
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("connector 0 False")
+def test_a_shared_store_that_dies_and_comes_back_changes_no_answer(ask, tmp_path, opened):
+    server = start(opened, tmp_path / "server", *free_ports(1))
+    with stored(connected("embedded"), open_store(StoreConfig(memory=NOTHING, url=server.url))) as store:
+        for fault in (None, server.kill, None, server.start):
+            ask(store, fault)
+        counters = store.counters()["shared"]
+        assert counters.hits > 0 and counters.failed > 0
+        assert eventually(lambda: (ask(store), store.counters()["shared"].hits > counters.hits)[1])
+
+
+@pytest.mark.xdist_group("connector 0 False")
+def test_a_disk_that_is_full_changes_no_answer(ask, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = StoreConfig(memory=NOTHING, folder=tmp_path / "pages")
+    with stored(connected("embedded"), open_store(config)) as store:
+        with monkeypatch.context() as patch:
+            ask(store, lambda: patch.setattr(disk.tempfile, "mkstemp", full))
+            ask(store)
+            assert store.counters()["disk"].failed > 0
+        ask(store)
+        before = store.counters()["disk"]
+        ask(store)
+        after = store.counters()["disk"]
+        assert after.hits > before.hits and after.failed == before.failed
+
+
+@pytest.mark.xdist_group("connector 0 False")
+def test_what_is_damaged_in_the_shared_store_is_computed_again(ask, tmp_path, opened):
+    server = start(opened, tmp_path / "server", *free_ports(1))
+    with stored(connected("embedded"), open_store(StoreConfig(memory=NOTHING, url=server.url))) as store:
+        ask(store)
+        for name in values_in(server):
+            value = server.client.get(name)
+            assert isinstance(value, bytes)
+            server.client.set(name, value[:-1] + bytes([value[-1] ^ 1]))
+        ask(store)
+        before = store.counters()["shared"]
+        assert before.damaged > 0
+        ask(store)
+        after = store.counters()["shared"]
+        assert after.hits > before.hits and after.failed == 0
 
 
 def test_pages_that_are_gone_end_the_answer_and_nothing_else():

@@ -16,6 +16,7 @@ from jaxserve.layout import PageLayout
 from jaxserve.options import EngineConfig
 from jaxserve.request import Output, Request, SamplingParams, StructuredOutputs
 from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, loaded, with_few_shapes
+from tests.parallel.test_transfer import stalling, wire
 
 pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
 
@@ -41,13 +42,13 @@ def make_engine(name: str) -> Engine:
     cfg, model, tokenizer, *_ = loaded("embedded")
     options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=0)
     layout = PageLayout(sizes.cache_of(cfg, options, 1, np.float32))
-    connector = Connector(layout, options.page_size, peers=Peers(b"token", name), exports=name == "P1")
+    connector = Connector(layout, options.page_size, peers=Peers(b"token", name), exports=name[0] == "P")
     return with_few_shapes(Engine(model, cfg, tokenizer, options, connector=connector), EMBEDDED_SHAPES)
 
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[dict[str, Engine]]:
-    found = {name: make_engine(name) for name in ("P1", "D1", "D2", "alone")}
+    found = {name: make_engine(name) for name in ("P1", "P2", "D1", "D2", "alone")}
     yield found
     for engine in found.values():
         assert engine._porter._connector
@@ -125,8 +126,12 @@ def make_fleet(engines, *names):
     return fleet, locals
 
 
-def sender(engines):
-    return engines["P1"]._porter._connector._sender
+def connector(engines, name):
+    return engines[name]._porter._connector
+
+
+def sender(engines, name="P1"):
+    return connector(engines, name)._sender
 
 
 def eventually(condition):
@@ -137,7 +142,7 @@ def eventually(condition):
 
 
 def end(engines, locals):
-    eventually(lambda: not engines["P1"].offered)
+    eventually(lambda: not any(engines[name].offered for name in locals))
     for name, local in locals.items():
         local.close()
         local._runner.join(60)
@@ -170,10 +175,26 @@ def test_a_decode_instance_that_is_lost_in_the_middle_changes_no_answer(engines,
     end(engines, locals)
 
 
+def test_a_link_that_stalls_holds_up_no_other_and_changes_no_answer(engines, expected, monkeypatch):
+    pulling, asked = connector(engines, "D1"), requests()[:6]
+    monkeypatch.setattr(pulling, "_peers", pulling._peers._replace(patience=1.0))
+    lost = pulling.lost
+    with wire(sender(engines, "P2").address, stalling(20_000)) as address:
+        monkeypatch.setattr(sender(engines, "P2"), "address", address)
+        fleet, locals = make_fleet(engines, "P1", "P2", "D1")
+        for request in asked:
+            fleet.add(request)
+        heard = listen(fleet)
+        same(heard, {key: each for key, each in expected.items() if key[0] in {request.id for request in asked}})
+        assert fleet.tally.retries == pulling.lost - lost > 0 and not fleet.tally.lost
+        assert fleet.tally.missed == {("P2", "D1"): fleet.tally.retries}
+        end(engines, locals)
+
+
 WHENS = {
     "at once": lambda engines, heard: True,
     "when prompts are computed": lambda engines, heard: engines["P1"].counters.running,
-    "when pages are copied": lambda engines, heard: engines["P1"]._porter._connector._promised,
+    "when pages are copied": lambda engines, heard: connector(engines, "P1")._promised,
     "when pages are on offer": lambda engines, heard: len(sender(engines).offers),
     "when some are answered": lambda engines, heard: heard,
     "when others wait for a slot": lambda engines, heard: heard and len(sender(engines).offers) > 2,

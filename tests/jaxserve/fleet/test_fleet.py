@@ -230,6 +230,18 @@ def test_pages_that_do_not_come_are_computed_again():
     assert len(prefill.given) == 2 and stage.fleet.tally.retries == 1
 
 
+def test_where_pages_did_not_come_from_they_are_not_computed_again_if_there_are_others():
+    stage = Stage()
+    stage.pair()
+    other = stage.join("P2", "prefill")
+    stage.fleet.add(asked("x", (5, 7), seed=3))
+    stage.fakes[0].work()
+    stage.step()
+    pages_are_lost(stage)
+    stage.run()
+    assert stage.tokens("x") == said((5, 7), 3, 4) and len(other.given) == 1
+
+
 def test_text_that_was_held_back_when_a_step_failed_is_not_told_twice():
     stage = Stage()
     _, decode = stage.pair()
