@@ -43,10 +43,8 @@ CLOSING = 10.0
 """Seconds to write what still leaves when the engine is closed."""
 LEAVING = 1 << 30
 """Bytes of pages that may wait to be copied off the device for the store; more aren't kept there."""
-
-
 LOOK = 0.02
-"""Seconds between two looks at whether offers have been taken."""
+"""Seconds between two looks at whether offers have been taken, and before another engine is asked again."""
 
 
 class Leaving(NamedTuple):
@@ -69,7 +67,7 @@ class Peers(NamedTuple):
     host: str = "127.0.0.1"  # where others reach this engine
     limit: int = 1 << 30  # bytes on offer
     seconds: float = 60.0  # that an offer stands
-    patience: float = 10.0  # seconds that a pull may take, and a link may stand still
+    patience: float = 10.0  # seconds that a link may stand still; a pull has more, by its bytes
     implementation: Any = None  # of the links, see `parallel.carriers`
 
 
@@ -265,9 +263,7 @@ class Connector:
         nbytes = self._pages(len(request.prompt_token_ids) + len(request.answered)) * self.layout.page_bytes
         limit, offers = self._peers.limit, self._sender.offers
         if nbytes > limit:
-            raise TransferError(
-                f"the prompt's pages have {nbytes} bytes; {limit} may be on offer: raise that", "refused"
-            )
+            raise TransferError(f"the prompt's pages have {nbytes} bytes; {limit} may be on offer", "refused")
         with self._lock:
             while request.id in self._exports and sum(self._exports.values()) + offers.nbytes + nbytes > limit:
                 self._lock.wait(LOOK)

@@ -77,7 +77,7 @@ def make_connector(
 def weights_version(model: Model) -> str:
     """A digest of all weights, and of the release that computes with them.
 
-    All bytes are read, on all cores: about a second for two gigabytes.
+    All bytes are read, on all cores.
     """
     paths, leaves = zip(*jax.tree.leaves_with_path(model), strict=True)
     with ThreadPoolExecutor() as threads:  # hashing lets other threads run

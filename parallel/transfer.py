@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxserve.parallel.carriers import Implementation, Spec, carriers
 from jaxserve.parallel.errors import ShardingError, TransferError
-from jaxserve.parallel.frames import TICK, Frame, Frames, dial
+from jaxserve.parallel.frames import Frame, Frames, dial, let_in
 from jaxserve.parallel.links import Counts, End, Health, Kind
 from jaxserve.parallel.offers import Offers
 
@@ -57,11 +57,11 @@ class Sender:
         self._make_carrier(host)  # fails now, if it does
         self.offers, self._links, self._counts = Offers(limit), dict[str, Giver](), dict[str, Counts]()
         self._token, self._patience = token, patience
-        self._listener = socket.create_server((host, port))
-        self._listener.settimeout(TICK)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        listener = socket.create_server((host, port))
+        self.address: tuple[str, int] = listener.getsockname()[:2]
         self._closed, self._lock = threading.Event(), threading.Lock()
-        self._thread = threading.Thread(target=self._listen, name="transfer", daemon=True)
+        given = listener, self._closed, self._serve, "transfer link", self.offers.expire
+        self._thread = threading.Thread(target=let_in, args=given, name="transfer", daemon=True)
         self._thread.start()
 
     def offer(self, name: str, tree: Any, *, rows: int | None = None, seconds: float = 60.0) -> bool:
@@ -93,19 +93,6 @@ class Sender:
         for link in list(self._links.values()):
             link.close()
         self.offers.clear()
-
-    def _listen(self) -> None:
-        with self._listener:
-            while not self._closed.is_set():
-                self.offers.expire()
-                try:
-                    connection, _ = self._listener.accept()
-                except TimeoutError:
-                    continue
-                except OSError:  # no file is left for another connection, say
-                    self._closed.wait(TICK)
-                    continue
-                threading.Thread(target=self._serve, args=[connection], name="transfer link", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         frames = Frames(connection, self._patience)

@@ -11,7 +11,7 @@ from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Event, Gone, Hear, Refused, Signs
 from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
 from jaxserve.parallel.errors import RequestError, TransferError
-from jaxserve.parallel.frames import TICK, Frames
+from jaxserve.parallel.frames import Frames, let_in
 from jaxserve.request import Request
 
 log = logging.getLogger("jaxserve.fleet")
@@ -68,31 +68,19 @@ class Control:
         """Port 0 is any that is free. Raises RequestError if it can't listen there."""
         self._fleet, self._token, self._period = fleet, token, period
         try:
-            self._listener = socket.create_server((host, port))
+            listener = socket.create_server((host, port))
         except (OSError, OverflowError) as error:
             raise RequestError(f"can't listen at {host}, port {port}: {error}; choose another --control-port") from None
-        self._listener.settimeout(TICK)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self.address: tuple[str, int] = listener.getsockname()[:2]
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="fleet control", daemon=True)
+        given = listener, self._closed, self._serve, "fleet instance"
+        self._thread = threading.Thread(target=let_in, args=given, name="fleet control", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Lets nobody in any more; those that have joined stay."""
         self._closed.set()
         self._thread.join()
-
-    def _listen(self) -> None:
-        with self._listener:
-            while not self._closed.is_set():
-                try:
-                    connection, _ = self._listener.accept()
-                except TimeoutError:
-                    continue
-                except OSError:  # no file is left for another connection, say
-                    self._closed.wait(TICK)
-                    continue
-                threading.Thread(target=self._serve, args=[connection], name="fleet instance", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         frames = Frames(connection, PATIENCE)

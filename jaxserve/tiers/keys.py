@@ -9,7 +9,7 @@ Key = bytes
 class PageKind(NamedTuple):
     """All that the bytes of a page depend on besides its tokens and those before them."""
 
-    model: str  # all of its config, as a digest
+    model: str  # what is computed with the weights: a digest of its config, for example
     version: str  # of the weights as they are computed with: rounded when they are loaded, they are others
     dtype: str  # of the cache
     page_size: int  # tokens
