@@ -1,9 +1,7 @@
 """Pages between meshes, over links that work, stall, damage what they carry, and break."""
 
 import gc
-import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from jaxserve.parallel.pages import PageCopier
 from jaxserve.parallel.transfer import PULLS, Receiver, Sender, serving_rank
 from tests.parallel.caches import KINDS, PAGES, host_cache, mesh_of, on_devices
 from tests.parallel.sending_process import TOKEN
+from tests.processes import freeze
 
 WAYS = [None, "jax"]
 SECONDS = 20.0
@@ -389,10 +388,10 @@ def test_pages_come_from_another_process_until_it_is_killed(opened, way):
         found = link.pull("pages", sent, SECONDS).result(SECONDS)
         jax.tree.map(np.testing.assert_array_equal, found, sent)
         assert link.probe(SECONDS) == "ready"
-        os.kill(process.pid, signal.SIGSTOP)
+        freeze(process)
         assert link.probe(0.2) == "dead"
         waits = link.pull("0", sent, SECONDS)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         assert failure(waits).kind == "dead"
         with pytest.raises(TransferError) as caught:
             Receiver(address, TOKEN, "again", implementation=way)

@@ -15,6 +15,8 @@ import pytest
 from redis import Redis
 from redis.exceptions import RedisError
 
+from tests.processes import freeze
+
 PATIENCE = 60.0
 """Seconds after which what should have happened has not."""
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
@@ -67,11 +69,14 @@ class Server:
             return False
 
     def kill(self) -> None:
-        self.signal(signal.SIGKILL)
+        self._process.kill()
         self._process.wait(PATIENCE)
 
-    def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+    def freeze(self) -> None:
+        freeze(self._process)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         self.client.close()
