@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import httpx2
 import pytest
 
-from tests.jaxserve.server.test_process import SMALL, process
+from tests.jaxserve.server.test_process import SMALL
 from tests.jaxserve.test_cli import run
+from tests.processes import process
 
 
 @pytest.fixture
@@ -40,11 +42,11 @@ def test_what_is_prefetched_is_listed_checked_and_evicted(tiny_folder, home, tmp
 def test_a_running_server_switches_to_what_is_kept_and_to_nothing_else(tiny_folder, home):
     name = str(tiny_folder.resolve())
     assert models("prefetch", name, **home).returncode == 0
-    with process("--port", "0", *SMALL, **home) as server:
+    with process("serve", "--port", "0", *SMALL, **home) as server:
         url = server.url()
         switched = models("load", name, "--url", url)
         assert switched.returncode == 0 and f"{name} is served at {url}" in switched.stdout, switched.stderr
         refused = models("load", "/etc", "--url", url)
         assert refused.returncode == 2 and "neither in the model cache" in refused.stderr
-        with server.client(url) as http:
+        with httpx2.Client(base_url=url) as http:
             assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [name]

@@ -1,64 +1,80 @@
-"""Processes of a fleet."""
+"""Engines of the embedded model that are a fleet in one process, and what is heard of it."""
 
-import os
-import queue
-import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-SOON = 60.0
-"""Seconds in which what should happen has happened."""
-START_UP = 300.0
-"""Seconds to load, compile and be ready, on a busy machine."""
-MAIN = "\nfrom jaxserve.cli.main import main\nmain()"
+import numpy as np
+import pytest
 
-
-class Process:
-    """A command; what it says on standard error is kept."""
-
-    def __init__(self, *arguments: str, plant: str = "", **environment: str):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", plant + MAIN, *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"NO_COLOR": "1", "COLUMNS": "120", "JAXSERVE_FLEET_TOKEN": "of the test"} | environment,
-        )
-        self.lines: list[str] = []
-        self._come: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            self._come.put(line)
-        self._come.put(None)
-
-    def find(self, pattern: str) -> str:
-        """What stands in the group of a pattern, in the next line that has it."""
-        while (line := self._come.get(timeout=START_UP)) is not None:
-            if found := re.search(pattern, line):
-                return found[1]
-        raise AssertionError("\n".join(self.lines))
-
-    def status(self) -> int:
-        """Its exit status, when it has ended."""
-        status = self.process.wait(SOON)
-        self._reader.join(SOON)
-        return status
+from jaxserve import options as sizes
+from jaxserve.connector import Connector, Peers
+from jaxserve.engine import Engine
+from jaxserve.fleet.fleet import Fleet
+from jaxserve.fleet.instance import Local, about
+from jaxserve.layout import PageLayout
+from jaxserve.options import EngineConfig
+from jaxserve.request import Output
+from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, loaded, with_few_shapes
+from tests.waiting import eventually
 
 
-@contextmanager
-def process(*arguments: str, plant: str = "", **environment: str) -> Iterator[Process]:
-    started = Process(*arguments, plant=plant, **environment)
-    try:
-        yield started
-    finally:
-        started.process.kill()
-        started.status()
-        assert started.process.stderr
-        started.process.stderr.close()
+def make_engine(name: str) -> Engine:
+    cfg, model, tokenizer, *_ = loaded("embedded")
+    options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=0)
+    layout = PageLayout(sizes.cache_of(cfg, options, 1, np.float32))
+    connector = Connector(layout, options.page_size, peers=Peers(b"token", name), exports=name[0] == "P")
+    return with_few_shapes(Engine(model, cfg, tokenizer, options, connector=connector), EMBEDDED_SHAPES)
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[dict[str, Engine]]:
+    found = {name: make_engine(name) for name in ("P1", "P2", "D1", "D2", "alone")}
+    yield found
+    for engine in found.values():
+        assert engine._porter._connector
+        engine._porter._connector.close()
+
+
+class Heard:
+    """All that was said of one answer."""
+
+    def __init__(self):
+        self.tokens, self.text, self.logprobs, self.known, self.last = [], "", [], None, None
+
+    def add(self, output: Output) -> None:
+        assert self.last is None or self.last.finish_reason is None
+        self.known = output.prompt_logprobs if self.last is None else self.known
+        self.tokens += output.token_ids
+        self.text += output.text
+        self.logprobs += output.logprobs
+        self.last = output
+
+    def result(self):
+        return self.tokens, self.text, self.logprobs, self.known, self.last.finish_reason, self.last.stop_reason
+
+
+def listen(serving, until=lambda heard: False, heard=None):
+    heard = {} if heard is None else heard
+    while serving.busy and not until(heard):
+        for output in serving.step():
+            heard.setdefault((output.request_id, output.index), Heard()).add(output)
+    return heard
+
+
+def make_fleet(engines, *names):
+    cfg, _, tokenizer, *_ = loaded("embedded")
+    fleet, locals = Fleet(cfg, tokenizer, engines["alone"].max_model_len), {}
+    for name in names:
+        engine = engines[name]
+        what = about(engine, name, "prefill" if name[0] == "P" else "decode")
+        locals[name] = Local(engine, what, withdraw=engine.withdraw)
+        fleet.join(locals[name])
+    return fleet, locals
+
+
+def end(engines, locals):
+    assert eventually(lambda: not any(engines[name].offered for name in locals))
+    for name, local in locals.items():
+        local.close()
+        local._runner.join(60)
+        if engines[name].busy:
+            engines[name].recover()

@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.engine import Engine
 from jaxserve.request import Request, SamplingParams
-from tests.jaxserve.fleet.test_engines import end, engines, listen, make_fleet  # noqa: F401
+from tests.jaxserve.fleet.conftest import end, listen, make_fleet
 
 pytestmark = pytest.mark.xdist_group("embedded")
 
@@ -43,7 +43,7 @@ def complete(id: str) -> Callable[[dict], bool]:
     return lambda heard: any(key[0] == id and each.last.finish_reason for key, each in heard.items())
 
 
-def test_answers_are_generated_to_the_end_while_a_prompt_takes_for_ever(engines):  # noqa: F811
+def test_answers_are_generated_to_the_end_while_a_prompt_takes_for_ever(engines):
     alone = engines["alone"]
     for request in (SHORT, LONG):
         alone.add(request)
@@ -60,7 +60,7 @@ def test_answers_are_generated_to_the_end_while_a_prompt_takes_for_ever(engines)
     end(engines, locals)
 
 
-def test_in_one_engine_they_wait_for_it(engines):  # noqa: F811
+def test_in_one_engine_they_wait_for_it(engines):
     alone = engines["alone"]
     alone.add(SHORT)
     heard = listen(alone, until=begun)

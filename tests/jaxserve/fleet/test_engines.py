@@ -1,22 +1,15 @@
 """Engines of the embedded model as a fleet in one process: its answers are those of one engine alone."""
 
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from jaxserve import options as sizes
-from jaxserve.connector import Connector, Peers
-from jaxserve.engine import Engine
-from jaxserve.fleet.fleet import Fleet
-from jaxserve.fleet.instance import Gone, Local, about
-from jaxserve.layout import PageLayout
-from jaxserve.options import EngineConfig
-from jaxserve.request import Output, Request, SamplingParams, StructuredOutputs
-from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, loaded, with_few_shapes
+from jaxserve.fleet.instance import Gone
+from jaxserve.request import Request, SamplingParams, StructuredOutputs
+from tests.jaxserve.conftest import loaded
+from tests.jaxserve.fleet.conftest import end, listen, make_fleet
 from tests.parallel.test_transfer import stalling, wire
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("embedded")  # compiled in one process
 
@@ -38,23 +31,6 @@ WAYS = {
 }
 
 
-def make_engine(name: str) -> Engine:
-    cfg, model, tokenizer, *_ = loaded("embedded")
-    options = EngineConfig(**EMBEDDED_SIZE, num_speculative_tokens=0)
-    layout = PageLayout(sizes.cache_of(cfg, options, 1, np.float32))
-    connector = Connector(layout, options.page_size, peers=Peers(b"token", name), exports=name[0] == "P")
-    return with_few_shapes(Engine(model, cfg, tokenizer, options, connector=connector), EMBEDDED_SHAPES)
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[dict[str, Engine]]:
-    found = {name: make_engine(name) for name in ("P1", "P2", "D1", "D2", "alone")}
-    yield found
-    for engine in found.values():
-        assert engine._porter._connector
-        engine._porter._connector.close()
-
-
 def requests() -> list[Request]:
     tokenizer = loaded("embedded")[2]
     return [
@@ -62,32 +38,6 @@ def requests() -> list[Request]:
         for way, params in WAYS.items()
         for number, prompt in enumerate(PROMPTS)
     ]
-
-
-class Heard:
-    """All that was said of one answer."""
-
-    def __init__(self):
-        self.tokens, self.text, self.logprobs, self.known, self.last = [], "", [], None, None
-
-    def add(self, output: Output) -> None:
-        assert self.last is None or self.last.finish_reason is None
-        self.known = output.prompt_logprobs if self.last is None else self.known
-        self.tokens += output.token_ids
-        self.text += output.text
-        self.logprobs += output.logprobs
-        self.last = output
-
-    def result(self):
-        return self.tokens, self.text, self.logprobs, self.known, self.last.finish_reason, self.last.stop_reason
-
-
-def listen(serving, until=lambda heard: False, heard=None):
-    heard = {} if heard is None else heard
-    while serving.busy and not until(heard):
-        for output in serving.step():
-            heard.setdefault((output.request_id, output.index), Heard()).add(output)
-    return heard
 
 
 def results(heard):
@@ -115,39 +65,12 @@ def expected(engines):
     return listen(engines["alone"])
 
 
-def make_fleet(engines, *names):
-    cfg, _, tokenizer, *_ = loaded("embedded")
-    fleet, locals = Fleet(cfg, tokenizer, engines["alone"].max_model_len), {}
-    for name in names:
-        engine = engines[name]
-        what = about(engine, name, "prefill" if name[0] == "P" else "decode")
-        locals[name] = Local(engine, what, withdraw=engine.withdraw)
-        fleet.join(locals[name])
-    return fleet, locals
-
-
 def connector(engines, name):
     return engines[name]._porter._connector
 
 
 def sender(engines, name="P1"):
     return connector(engines, name)._sender
-
-
-def eventually(condition):
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
-def end(engines, locals):
-    eventually(lambda: not any(engines[name].offered for name in locals))
-    for name, local in locals.items():
-        local.close()
-        local._runner.join(60)
-        if engines[name].busy:
-            engines[name].recover()
 
 
 @pytest.mark.parametrize("names", [["D1"], ["P1", "D1"], ["P1", "D1", "D2"]])
@@ -211,7 +134,7 @@ def test_a_request_that_is_aborted_leaves_nothing_anywhere(engines, when):
     assert fleet.busy
     fleet.abort(request.id)
     assert not fleet.busy
-    eventually(lambda: not any(engines[name].busy or engines[name].offered for name in locals))
+    assert eventually(lambda: not any(engines[name].busy or engines[name].offered for name in locals))
     assert [engines[name].counters.pages_used for name in locals] == [0, 0]
     end(engines, locals)
 
@@ -221,9 +144,9 @@ def test_an_instance_that_has_lost_its_router_withdraws_what_it_has_on_offer(eng
     for number, request in enumerate(requests()[:3]):
         params = SamplingParams(temperature=0, max_tokens=1)
         locals["P1"].add(replace(request, id=f"lent {number}", params=params, export=True))
-    eventually(lambda: len(sender(engines).offers) == 3)
+    assert eventually(lambda: len(sender(engines).offers) == 3)
     locals["P1"].abort("lent 1")
-    eventually(lambda: engines["P1"].offered == 2)
+    assert eventually(lambda: engines["P1"].offered == 2)
     locals["P1"].abort_all()
-    eventually(lambda: engines["P1"].offered == 0)
+    assert eventually(lambda: engines["P1"].offered == 0)
     end(engines, locals)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,13 +11,14 @@ import httpx2
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from tests.jaxserve.fleet.conftest import SOON, START_UP, Process, process
+from tests.processes import START_UP, Process, process
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.slow]
 
 SLOW = """
 import time
 from jaxserve.engine import Engine
+from tests.waiting import SOON, eventually
 step = Engine._step
 Engine._rounds = lambda self: 1
 Engine._step = lambda self: (time.sleep(0.02), step(self))[1]
@@ -30,13 +30,6 @@ WAYS: list[dict[str, Any]] = [
     {"prompt": [3], "temperature": 1.0, "seed": 11},
     {"prompt": list(range(1, 20)), "temperature": 0.7, "seed": 12, "top_k": 9},
 ]
-
-
-def eventually(condition: Callable[[], Any], seconds: float = SOON) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return bool(condition())
 
 
 def metric(http: httpx2.Client, name: str) -> float:
@@ -73,7 +66,7 @@ def test_a_decode_process_that_is_killed_while_it_streams_changes_no_answer(tiny
         )
         router = begin("--role", "router", "--port", "0", "--control-port", "0", "--no-log-requests")
         address = router.find(r"instances join at (\S+)")
-        http = stack.enter_context(httpx2.Client(base_url=router.find(r"served at (\S+)"), timeout=SOON))
+        http = stack.enter_context(httpx2.Client(base_url=router.url(), timeout=SOON))
         assert http.get("/health").json() == {"status": "waiting"}
         prefill, one = (instance(begin, role, address) for role in ("prefill", "decode"))
         assert eventually(lambda: members(http, "prefill") == members(http, "decode") == 1, START_UP)

@@ -10,8 +10,9 @@ import httpx2
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from tests.jaxserve.fleet.conftest import START_UP, Process, process
-from tests.jaxserve.fleet.test_processes import SLOW, eventually, members, metric
+from tests.jaxserve.fleet.test_processes import SLOW, members, metric
+from tests.processes import START_UP, Process, process
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.slow]
 
@@ -86,7 +87,7 @@ def test_killed_instances_change_no_answer_of_two_hundred(tiny_folder):
         router = begin("--role", "router", "--port", "0", "--control-port", "0", "--no-log-requests")
         address = router.find(r"instances join at (\S+)")
         first, _, decode = (instance(role) for role in ("prefill", "prefill", "decode"))
-        http = stack.enter_context(httpx2.Client(base_url=router.find(r"served at (\S+)"), timeout=PATIENCE))
+        http = stack.enter_context(httpx2.Client(base_url=router.url(), timeout=PATIENCE))
         assert eventually(lambda: (members(http, "prefill"), members(http, "decode")) == (2, 1), START_UP)
         begun = [0]
         with ThreadPoolExecutor(CLIENTS) as pool:

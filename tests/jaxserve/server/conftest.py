@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,9 +13,7 @@ from jaxserve import LLM
 from jaxserve.server.run import Life, ServerOptions, listen
 from jaxserve.server.service import Limits
 from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, with_few_shapes
-
-PATIENCE = 60.0
-"""Seconds after which what should have happened has not."""
+from tests.waiting import SOON, eventually
 
 
 class Running(NamedTuple):
@@ -28,7 +25,7 @@ class Running(NamedTuple):
     statuses: list[int]  # its exit status, once it has ended
 
     def client(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=PATIENCE, **options)
+        return httpx2.Client(base_url=self.url, timeout=SOON, **options)
 
 
 @contextmanager
@@ -52,16 +49,8 @@ def starting(load: Callable[[], Any], limits: Limits | None = None, **options: A
         finally:
             if not statuses:
                 life.end()
-            thread.join(PATIENCE)
+            thread.join(SOON)
             assert not thread.is_alive()
-
-
-def eventually(condition: Callable[[], Any]) -> bool:
-    """Whether it comes to hold."""
-    end = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(condition())
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.server.access import JsonLines
 from jaxserve.server.completions import CompletionCall
-from tests.jaxserve.server.conftest import eventually
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 

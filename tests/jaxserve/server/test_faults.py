@@ -15,7 +15,8 @@ from jaxserve import LLM, RequestError, SamplingParams
 from jaxserve.server.run import Life, ServerOptions, listen
 from jaxserve.server.service import Limits
 from tests.jaxserve.conftest import SIZE, with_few_shapes
-from tests.jaxserve.server.conftest import PATIENCE, eventually, running, starting
+from tests.jaxserve.server.conftest import running, starting
+from tests.waiting import SOON, eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -86,7 +87,7 @@ def test_a_step_that_hangs_ends_the_server_and_everybody_is_told_at_once(make_ll
     llm = make_llm(max_num_seqs=1)
     with running(llm, step_timeout=0.5) as server, ThreadPoolExecutor(3) as pool, server.client() as http:
         hang = threading.Event()
-        monkeypatch.setattr(llm.engine, "_step", lambda: hang.wait(PATIENCE) and [])
+        monkeypatch.setattr(llm.engine, "_step", lambda: hang.wait(SOON) and [])
         asked = [pool.submit(ask, server, **LONG, stream=stream) for stream in (False, False, True)]
         codes = set()
         while not server.statuses:
@@ -165,7 +166,7 @@ def test_time_runs_from_when_a_request_comes_not_from_when_it_is_queued(make_llm
     llm, go = make_llm(), threading.Event()
     with running(llm) as server:
         owner, name = place.split(".")
-        monkeypatch.setattr(getattr(llm, owner), name, lambda *_: go.wait(PATIENCE))
+        monkeypatch.setattr(getattr(llm, owner), name, lambda *_: go.wait(SOON))
         answer = ask(server, prompt="t5 t7", max_tokens=4, headers={"X-Request-Timeout": "0.3"})
         go.set()
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
@@ -270,7 +271,7 @@ def test_forms_that_take_long_to_prepare_keep_nobody_else_waiting(make_llm, monk
     llm, go = make_llm(), threading.Event()
     make = llm.engine._guides.make
     monkeypatch.setattr(
-        llm.engine._guides, "make", lambda params: (params.structured_outputs and go.wait(PATIENCE), make(params))[1]
+        llm.engine._guides, "make", lambda params: (params.structured_outputs and go.wait(SOON), make(params))[1]
     )
     with running(llm) as server, ThreadPoolExecutor(40) as pool:  # more than asyncio has threads
         slowly = [pool.submit(ask, server, **SHORT, structured_outputs={"regex": "t5"}) for _ in range(40)]
@@ -307,7 +308,7 @@ def test_limits_of_a_server_are_told(make_llm, monkeypatch):
 
 def test_while_the_model_is_loaded_the_server_says_so(make_llm):
     llm, go = make_llm(), threading.Event()
-    with starting(lambda: (go.wait(PATIENCE), llm)[1]) as server, server.client() as http:
+    with starting(lambda: (go.wait(SOON), llm)[1]) as server, server.client() as http:
         assert (http.get("/health").status_code, http.get("/health").json()) == (503, {"status": "loading"})
         for path in ("/v1/models", "/metrics", "/stats"):
             assert http.get(path).json()["error"]["code"] == "loading"
@@ -321,7 +322,7 @@ def test_while_the_model_is_loaded_the_server_says_so(make_llm):
 
 def test_a_server_that_is_to_end_while_it_loads_does_not_wait_for_that():
     go = threading.Event()
-    with starting(lambda: go.wait(PATIENCE)) as server, server.client() as http:
+    with starting(lambda: go.wait(SOON)) as server, server.client() as http:
         assert http.get("/health").status_code == 503
     assert server.statuses == [0]
     go.set()

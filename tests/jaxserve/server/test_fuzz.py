@@ -22,7 +22,8 @@ from schemathesis.specs.openapi.checks import (
 from jaxserve import LLM
 from jaxserve.server.service import Limits
 from tests.jaxserve.conftest import SIZE, with_few_shapes
-from tests.jaxserve.server.conftest import PATIENCE, Running, eventually, running
+from tests.jaxserve.server.conftest import Running, running
+from tests.waiting import SOON, eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -148,7 +149,7 @@ def fuzz(server: Running, operation: APIOperation, kind: str, count: int) -> Cou
     )  # fmt: skip
     @given(cases(operation, kind))
     def ask(case: Case) -> None:
-        response = case.call_and_validate(server.url, session, checks=CHECKS, timeout=PATIENCE)
+        response = case.call_and_validate(server.url, session, checks=CHECKS, timeout=SOON)
         seen[Seen(operation.method.upper(), operation.path, kind, response.status_code)] += 1
 
     with requests.Session() as session:

@@ -13,7 +13,7 @@ from jaxserve.request import Output, Request
 from jaxserve.server import metrics as module
 from jaxserve.server.metrics import Metrics
 from jaxserve.tiers.counters import TierCounters
-from tests.jaxserve.server.conftest import eventually
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from jaxserve import SamplingParams
-from tests.jaxserve.server.conftest import eventually
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 

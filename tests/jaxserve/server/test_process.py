@@ -1,25 +1,20 @@
 """`jaxserve serve` as its supervisor sees it: a process that starts, is told to end, hangs, or can't begin."""
 
 import json
-import os
-import queue
 import re
 import signal
 import socket
 import ssl
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import httpx2
 import pytest
 
 from jaxserve.client import Client
 from jaxserve.parallel.errors import ServerError
-from tests.jaxserve.server.conftest import PATIENCE, eventually
+from tests.processes import Process, process
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -29,69 +24,20 @@ SMALL = "--max-model-len", "64", "--max-num-seqs", "2", "--max-num-batched-token
 SLOW = """
 import time
 from jaxserve.engine import Engine
+from tests.waiting import SOON, eventually
 step = Engine._step
 Engine._rounds = lambda self: 1
 Engine._step = lambda self: (time.sleep(0.03), step(self))[1]
 """
 HANG = SLOW + "Engine._launch = lambda self, plans: time.sleep(600)\n"
-MAIN = "\nfrom jaxserve.cli.main import main\nmain()"
-START_UP = 300.0
-"""Seconds to load, compile and be ready, on a busy machine."""
 
 
-class Process:
-    """A server; what it says on standard error is kept."""
-
-    def __init__(self, *arguments: str, plant: str = "", **environment: str):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", plant + MAIN, "serve", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"NO_COLOR": "1", "COLUMNS": "120"} | environment,
-        )
-        self.lines: list[str] = []
-        self._come: queue.Queue[str | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-            self._come.put(line)
-        self._come.put(None)
-
-    def url(self) -> str:
-        """Where it says that it serves."""
-        while (line := self._come.get(timeout=START_UP)) is not None:
-            if found := re.search(r" is served at (\S+)", line):
-                return found[1]
-        raise AssertionError("\n".join(self.lines))
-
-    def client(self, url: str, **options) -> httpx2.Client:
-        return httpx2.Client(base_url=url, timeout=PATIENCE, **options)
-
-    def status(self) -> int:
-        """Its exit status, when it has ended."""
-        status = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        return status
-
-    @property
-    def logged(self) -> list[dict]:
-        return [json.loads(line) for line in self.lines if line.startswith("{")]
+def serving(*arguments: str, **more: str) -> AbstractContextManager[Process]:
+    return process("serve", *arguments, **more)
 
 
-@contextmanager
-def process(*arguments: str, plant: str = "", **environment: str) -> Iterator[Process]:
-    started = Process(*arguments, plant=plant, **environment)
-    try:
-        yield started
-    finally:
-        started.process.kill()
-        started.status()
-        assert started.process.stderr
-        started.process.stderr.close()
+def client(url: str, **options: Any) -> httpx2.Client:
+    return httpx2.Client(base_url=url, timeout=SOON, **options)
 
 
 def begun(http: httpx2.Client, running: int, waiting: int) -> bool:
@@ -101,8 +47,8 @@ def begun(http: httpx2.Client, running: int, waiting: int) -> bool:
 
 
 def test_after_sigterm_all_that_was_accepted_is_answered_and_the_status_is_0(tiny_folder):
-    with process(str(tiny_folder), "--port", "0", *SMALL, plant=SLOW) as server:
-        with server.client(server.url()) as http, ThreadPoolExecutor(6) as pool:
+    with serving(str(tiny_folder), "--port", "0", *SMALL, plant=SLOW) as server:
+        with client(server.url()) as http, ThreadPoolExecutor(6) as pool:
             whole = http.post("/v1/completions", json=LONG).json()["choices"]
             stream = http.post("/v1/completions", json=LONG | {"stream": True}).text.count("data: ")
             asked = [pool.submit(http.post, "/v1/completions", json=LONG | {"stream": i % 2 > 0}) for i in range(6)]
@@ -123,8 +69,8 @@ def test_after_sigterm_all_that_was_accepted_is_answered_and_the_status_is_0(tin
 
 
 def test_a_second_ctrl_c_finishes_nothing_and_tells_everybody(tiny_folder):
-    with process(str(tiny_folder), "--port", "0", *SMALL, plant=SLOW) as server:
-        with server.client(server.url()) as http, ThreadPoolExecutor(3) as pool:
+    with serving(str(tiny_folder), "--port", "0", *SMALL, plant=SLOW) as server:
+        with client(server.url()) as http, ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(http.post, "/v1/completions", json=LONG) for _ in range(3)]
             assert begun(http, 2, 1)
             server.process.send_signal(signal.SIGINT)
@@ -137,8 +83,8 @@ def test_a_second_ctrl_c_finishes_nothing_and_tells_everybody(tiny_folder):
 
 
 def test_a_step_that_hangs_ends_the_process_with_status_1_and_everybody_is_answered(tiny_folder):
-    with process(str(tiny_folder), "--port", "0", "--step-timeout", "1", *SMALL, plant=HANG) as server:
-        with server.client(server.url()) as http, ThreadPoolExecutor(4) as pool:
+    with serving(str(tiny_folder), "--port", "0", "--step-timeout", "1", *SMALL, plant=HANG) as server:
+        with client(server.url()) as http, ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(http.post, "/v1/completions", json=SHORT | {"stream": i > 1}) for i in range(4)]
             answers = [each.result() for each in asked]
         for answer in answers:  # a stream may have begun
@@ -148,8 +94,8 @@ def test_a_step_that_hangs_ends_the_process_with_status_1_and_everybody_is_answe
 
 
 def test_keys_come_from_the_environment_and_each_request_is_a_line_of_json_with_its_id(tiny_folder):
-    with process(str(tiny_folder), "--port", "0", *SMALL, JAXSERVE_API_KEY="secret") as server:
-        with server.client(server.url()) as http:
+    with serving(str(tiny_folder), "--port", "0", *SMALL, JAXSERVE_API_KEY="secret") as server:
+        with client(server.url()) as http:
             assert http.post("/v1/completions", json=SHORT).status_code == 401
             http.headers["Authorization"] = "Bearer secret"
             answer = http.post("/v1/completions", json=SHORT, headers={"X-Request-Id": "mine-1"})
@@ -158,7 +104,7 @@ def test_keys_come_from_the_environment_and_each_request_is_a_line_of_json_with_
             assert other.status_code == 200
         server.process.terminate()
         assert server.status() == 0
-        refused, mine, others = server.logged
+        refused, mine, others = [json.loads(line) for line in server.lines if line.startswith("{")]
         assert (refused["status"], refused["message"]) == (401, "POST /v1/completions")
         assert (mine["id"], mine["status"], mine["usage"]["completion_tokens"]) == ("mine-1", 200, 2)
         assert others["id"] == other.headers["X-Request-Id"] and re.fullmatch("[0-9a-f]{32}", others["id"])
@@ -173,13 +119,13 @@ def test_it_serves_https_with_a_certificate(tiny_folder, tmp_path):
     except FileNotFoundError:
         pytest.skip("openssl, which makes the certificate, is not installed")
     tls = "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)
-    with process(str(tiny_folder), "--port", "0", *SMALL, *tls) as server:
+    with serving(str(tiny_folder), "--port", "0", *SMALL, *tls) as server:
         url = server.url()
         assert url.startswith("https://127.0.0.1:")
-        with server.client(url, verify=ssl.create_default_context(cafile=str(certificate))) as http:
+        with client(url, verify=ssl.create_default_context(cafile=str(certificate))) as http:
             assert http.post("/v1/completions", json=SHORT).status_code == 200
-        with Client(url) as client, pytest.raises(ServerError, match="is not trusted here; SSL_CERT_FILE"):
-            client.get("/health")
+        with Client(url) as told, pytest.raises(ServerError, match="is not trusted here; SSL_CERT_FILE"):
+            told.get("/health")
         server.process.terminate()
         assert server.status() == 0
 
@@ -187,14 +133,14 @@ def test_it_serves_https_with_a_certificate(tiny_folder, tmp_path):
 def test_what_it_can_not_begin_with_is_told_in_a_line_and_the_status_is_2(tiny_folder, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with process(str(tiny_folder), "--port", port) as server:
+        with serving(str(tiny_folder), "--port", port) as server:
             assert server.status() == 2
             (line,) = server.lines
             assert f"can't listen at 127.0.0.1, port {port}" in line and "--port" in line
-    with process(str(tmp_path / "nothing"), "--port", "0") as server:
+    with serving(str(tmp_path / "nothing"), "--port", "0") as server:
         assert server.status() == 2
         (line,) = server.lines
         assert "nothing" in line
-    with process(str(tiny_folder), "--port", "0", JAXSERVE_API_KEY=" ") as server:
+    with serving(str(tiny_folder), "--port", "0", JAXSERVE_API_KEY=" ") as server:
         assert server.status() == 2
         assert "JAXSERVE_API_KEY is empty" in server.lines[0]

@@ -15,7 +15,8 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.request import Request
-from tests.jaxserve.server.conftest import PATIENCE, Running, eventually, running
+from tests.jaxserve.server.conftest import Running, running
+from tests.waiting import SOON, eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -73,7 +74,7 @@ async def stream(port: int, ask: Ask, leaves_after: int | None) -> str | None:
         await reader.read(leaves_after)
         writer.transport.abort()
         return None
-    said = await asyncio.wait_for(reader.read(), 2 * PATIENCE)
+    said = await asyncio.wait_for(reader.read(), 2 * SOON)
     writer.close()
     return None if texts(said) == ask.expected else f"{ask} got {said.decode()}"
 

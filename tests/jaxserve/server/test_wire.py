@@ -10,7 +10,8 @@ from jaxserve import LLM, SamplingParams
 from jaxserve.server.service import Limits
 from jaxserve.server.wire import HEAD
 from tests.jaxserve.conftest import SIZE, with_few_shapes
-from tests.jaxserve.server.conftest import PATIENCE, Running, eventually, running
+from tests.jaxserve.server.conftest import Running, running
+from tests.waiting import SOON, eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -30,7 +31,7 @@ def server(tiny_folder) -> Iterator[Running]:
 
 
 def connect(server: Running) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE)
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), SOON)
 
 
 def say(server: Running, *parts: bytes) -> bytes:

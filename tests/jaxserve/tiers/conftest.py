@@ -5,8 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,14 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tests.processes import freeze
+from tests.waiting import SOON, eventually
 
-PATIENCE = 60.0
-"""Seconds after which what should have happened has not."""
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 
 
 def value_of(namespace: str, key: bytes, size: int = 100) -> memoryview:
     """What is put under a key: of another key, it is another."""
     return memoryview(hashlib.shake_128(repr((namespace, key)).encode()).digest(size)).toreadonly()
-
-
-def eventually(condition: Callable[[], Any]) -> bool:
-    """Whether it comes to hold."""
-    end = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(condition())
 
 
 def free_ports(count: int) -> list[int]:
@@ -70,7 +60,7 @@ class Server:
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait(PATIENCE)
+        self._process.wait(SOON)
 
     def freeze(self) -> None:
         freeze(self._process)

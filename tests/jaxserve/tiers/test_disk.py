@@ -15,7 +15,7 @@ from jaxserve.tiers import disk as subject
 from jaxserve.tiers.disk import DiskTier
 from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.tier import Value
-from tests.jaxserve.tiers.conftest import PATIENCE, value_of
+from tests.jaxserve.tiers.conftest import value_of
 
 ROOM = Limits(1 << 30)
 KEYS = [bytes([n]) * 32 for n in range(8)]
@@ -211,6 +211,7 @@ while True:
 
 SHARE = """
 import random
+from tests.waiting import SOON
 draw = random.Random(what)
 for _ in range(300):
     namespace, key = draw.choice("ab"), bytes([draw.randrange(12)]) * 32
@@ -232,7 +233,7 @@ def child(folder: Path, program: str, limit: int = 1 << 30, what: int = 0) -> su
 
 
 def test_a_file_that_may_not_be_as_large_costs_a_put_and_nothing_else(folder):
-    said, _ = child(folder, SMALL_FILES).communicate(timeout=PATIENCE)
+    said, _ = child(folder, SMALL_FILES).communicate(timeout=SOON)
     assert said.split() == ["True", "None", "1", "0"]
     assert len(files(folder)) == 1 and not list((folder / subject.UNFINISHED).iterdir())
 
@@ -246,7 +247,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_only_whole_values(folde
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(draw.uniform(0.05, 0.3))
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=PATIENCE)
+        process.communicate(timeout=SOON)
         monkeypatch.setattr(subject, "ABANDONED", -60.0)
         tier = opened(folder, Limits(limit))
         keys = [bytes([n]) * 32 for n in range(100)]
@@ -264,7 +265,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_only_whole_values(folde
 def test_processes_share_a_folder_and_its_capacity(folder):
     limit = 40_000
     children = [child(folder, SHARE, limit, what) for what in range(3)]
-    assert [process.communicate(timeout=PATIENCE)[0] for process in children] == ["True 0 0\n"] * 3
+    assert [process.communicate(timeout=SOON)[0] for process in children] == ["True 0 0\n"] * 3
     tier = opened(folder, Limits(limit))
     sizes = {path.stat().st_size for path in files(folder)}
     assert sum(path.stat().st_size for path in files(folder)) <= limit

@@ -11,7 +11,8 @@ import pytest
 from jaxserve.parallel.errors import RequestError
 from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.shared import SharedTier
-from tests.jaxserve.tiers.conftest import PATIENCE, Server, eventually, value_of
+from tests.jaxserve.tiers.conftest import Server, value_of
+from tests.waiting import SOON, eventually
 
 ROOM = Limits(1 << 30)
 KEYS = [bytes([n]) * 32 for n in range(40)]
@@ -20,7 +21,7 @@ KEYS = [bytes([n]) * 32 for n in range(40)]
 @contextmanager
 def connected(server: Server, limits: Limits = ROOM, **options) -> Iterator[SharedTier]:
     """With patience: these tests run beside others."""
-    tier = SharedTier(server.url, limits, **{"deadline": PATIENCE, "pause": 0.05} | options)
+    tier = SharedTier(server.url, limits, **{"deadline": SOON, "pause": 0.05} | options)
     try:
         yield tier
     finally:
@@ -225,7 +226,7 @@ def test_a_server_that_is_killed_in_the_middle_gives_nothing_wrong(server):
         finally:
             end.set()
             for thread in threads:
-                thread.join(PATIENCE)
+                thread.join(SOON)
         assert not wrong and tier.tally.read().damaged == 0
 
 
@@ -250,7 +251,7 @@ def impostor(answer) -> Iterator[str]:
         thread.start()
         yield f"redis://127.0.0.1:{listening.getsockname()[1]}"
         listening.shutdown(socket.SHUT_RDWR)
-    thread.join(PATIENCE)
+    thread.join(SOON)
 
 
 def trickle(connection: socket.socket) -> None:

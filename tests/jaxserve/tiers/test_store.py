@@ -14,7 +14,8 @@ from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.memory import MemoryTier
 from jaxserve.tiers.store import Store, StoreConfig, open_store
 from jaxserve.tiers.tier import Value
-from tests.jaxserve.tiers.conftest import PATIENCE, value_of
+from tests.jaxserve.tiers.conftest import value_of
+from tests.waiting import SOON
 
 KEYS = [bytes([n]) * 32 for n in range(8)]
 
@@ -38,12 +39,12 @@ class Slow:
         self.asked.append(key)
         value = self.held.get((namespace, key))
         self.entered.set()
-        assert self.reads.wait(PATIENCE)
+        assert self.reads.wait(SOON)
         return value
 
     def put(self, namespace: str, key: bytes, value: Value) -> None:
         self.entered.set()
-        assert self.writes.wait(PATIENCE)
+        assert self.writes.wait(SOON)
         self.held[namespace, key] = value
 
     def drop(self, namespace: str) -> bool:
@@ -63,7 +64,7 @@ def store_of(*slower: Slow, queue_bytes: int = 1 << 20) -> Iterator[Store]:
     finally:
         for tier in slower:
             tier.writes.set()
-        store.close(PATIENCE)
+        store.close(SOON)
         for tier in slower:
             tier.reads.set()
 
@@ -81,7 +82,7 @@ def test_all_tiers_get_what_is_put():
     first, second = Slow(), Slow()
     with store_of(first, second) as store:
         put(store, *KEYS)
-        assert store.flush(PATIENCE)
+        assert store.flush(SOON)
         assert held(first) == held(second) == KEYS
         assert [store.get("a", key) for key in KEYS] == [value_of("a", key) for key in KEYS]
         assert first.asked == second.asked == []
@@ -91,7 +92,7 @@ def test_what_a_slow_tier_has_the_faster_ones_get():
     first, second = Slow(), Slow(KEYS[0])
     with store_of(first, second) as store:
         assert store.get("a", KEYS[0]) == value_of("a", KEYS[0])
-        assert store.flush(PATIENCE) and held(first) == KEYS[:1]
+        assert store.flush(SOON) and held(first) == KEYS[:1]
         assert store.get("a", KEYS[0]) == value_of("a", KEYS[0])
         assert (first.asked, second.asked) == (KEYS[:1], KEYS[:1])
         assert store.get("a", KEYS[1]) is None and store.get("b", KEYS[0]) is None
@@ -102,13 +103,13 @@ def test_a_put_waits_for_nobody_and_what_can_not_be_queued_is_dropped_and_counte
     slow.writes.clear()
     with store_of(slow, queue_bytes=300) as store:
         put(store, KEYS[0])
-        assert slow.entered.wait(PATIENCE)
+        assert slow.entered.wait(SOON)
         put(store, *KEYS[1:])
         assert not store.flush(0.01)
         assert [store.get("a", key) for key in KEYS] == [value_of("a", key) for key in KEYS]
         assert slow.tally.read().dropped == 4
         slow.writes.set()
-        assert store.flush(PATIENCE) and held(slow) == KEYS[:4]
+        assert store.flush(SOON) and held(slow) == KEYS[:4]
 
 
 def test_what_is_queued_is_not_queued_again():
@@ -116,7 +117,7 @@ def test_what_is_queued_is_not_queued_again():
     slow.writes.clear()
     with store_of(slow, queue_bytes=300) as store:
         put(store, KEYS[0])
-        assert slow.entered.wait(PATIENCE)
+        assert slow.entered.wait(SOON)
         put(store, *[KEYS[1]] * 9, KEYS[2])
         assert slow.tally.read().dropped == 0
 
@@ -126,7 +127,7 @@ def test_a_slow_tier_does_not_hold_up_another():
     stuck.writes.clear()
     with store_of(stuck, other) as store:
         put(store, *KEYS)
-        assert store._writers[1].flush(PATIENCE)
+        assert store._writers[1].flush(SOON)
         assert held(other) == KEYS and held(stuck) == []
 
 
@@ -145,7 +146,7 @@ def test_what_was_put_may_be_any_contiguous_bytes_and_is_given_read_only():
 def test_the_longest_beginning_that_is_there_is_prefetched(missing):
     with store_of(Slow(*KEYS[:missing], *KEYS[missing + 1 :])) as store:
         prefetch = store.prefetch("a", KEYS)
-        assert prefetch.wait(PATIENCE) == [value_of("a", key) for key in KEYS[:missing]] and prefetch.done
+        assert prefetch.wait(SOON) == [value_of("a", key) for key in KEYS[:missing]] and prefetch.done
 
 
 def test_a_prefetch_is_polled_without_waiting_and_can_be_given_up():
@@ -154,7 +155,7 @@ def test_a_prefetch_is_polled_without_waiting_and_can_be_given_up():
     with store_of(slow) as store:
         put(store, KEYS[0])
         prefetch = store.prefetch("a", KEYS)
-        assert slow.entered.wait(PATIENCE)
+        assert slow.entered.wait(SOON)
         assert not prefetch.done and prefetch.values() in ([], [value_of("a", KEYS[0])])
         prefetch.cancel()
         assert prefetch.done
@@ -168,8 +169,8 @@ def test_who_still_waits_for_a_prefetch_when_the_store_is_closed_gets_what_has_c
     with store_of(slow) as store:
         prefetch = store.prefetch("a", KEYS)
         waiting = store.prefetch("a", KEYS)
-        assert slow.entered.wait(PATIENCE)
-    assert len(prefetch.wait(PATIENCE)) < len(KEYS) and waiting.wait(PATIENCE) == []
+        assert slow.entered.wait(SOON)
+    assert len(prefetch.wait(SOON)) < len(KEYS) and waiting.wait(SOON) == []
 
 
 def test_a_namespace_that_is_dropped_is_gone_from_all_tiers_and_others_stay():
@@ -178,7 +179,7 @@ def test_a_namespace_that_is_dropped_is_gone_from_all_tiers_and_others_stay():
         put(store, *KEYS)
         put(store, *KEYS, namespace="b")
         assert store.drop("a")
-        assert store.flush(PATIENCE)
+        assert store.flush(SOON)
         assert {namespace for namespace, _ in slow.held} == {"b"}
         assert [store.get("a", key) for key in KEYS] == [None] * len(KEYS)
         assert [store.get("b", key) for key in KEYS] == [value_of("b", key) for key in KEYS]
@@ -195,12 +196,12 @@ def test_what_is_being_written_when_its_namespace_is_dropped_goes_too():
     slow.writes.clear()
     with store_of(slow) as store:
         put(store, KEYS[0])
-        assert slow.entered.wait(PATIENCE)
+        assert slow.entered.wait(SOON)
         put(store, *KEYS[1:])
         dropping = in_thread(store.drop, "a")
         slow.writes.set()
-        dropping.join(PATIENCE)
-        assert store.flush(PATIENCE) and not slow.held
+        dropping.join(SOON)
+        assert store.flush(SOON) and not slow.held
 
 
 def test_what_is_being_read_when_its_namespace_is_dropped_is_not_kept():
@@ -208,11 +209,11 @@ def test_what_is_being_read_when_its_namespace_is_dropped_is_not_kept():
     second.reads.clear()
     with store_of(first, second) as store:
         reading = in_thread(store.get, "a", KEYS[0])
-        assert second.entered.wait(PATIENCE)
+        assert second.entered.wait(SOON)
         store.drop("a")
         second.reads.set()
-        reading.join(PATIENCE)
-        assert store.get("a", KEYS[0]) is None and store.flush(PATIENCE) and not first.held
+        reading.join(SOON)
+        assert store.get("a", KEYS[0]) is None and store.flush(SOON) and not first.held
 
 
 def test_what_was_queued_is_written_before_it_closes_and_later_puts_are_dropped():
@@ -220,9 +221,9 @@ def test_what_was_queued_is_written_before_it_closes_and_later_puts_are_dropped(
     slow.writes.clear()
     with store_of(slow) as store:
         put(store, *KEYS[:4])
-        closing = in_thread(store.close, PATIENCE)
+        closing = in_thread(store.close, SOON)
         slow.writes.set()
-        closing.join(PATIENCE)
+        closing.join(SOON)
         assert held(slow) == KEYS[:4] and slow.closed
         put(store, KEYS[5])
         assert held(slow) == KEYS[:4] and slow.tally.read().dropped == 1
@@ -251,7 +252,7 @@ def test_each_choice_of_tiers_keeps_what_it_should_over_a_restart(tmp_path, kind
     store.close()
     store = open_store(config)
     wanted = [] if kind == "memory" else [value_of("a", key) for key in KEYS]
-    assert store.prefetch("a", KEYS).wait(PATIENCE) == wanted
+    assert store.prefetch("a", KEYS).wait(SOON) == wanted
     counters = store.counters()
     assert counters["memory"].misses >= 1 and all(counters[name].failed == 0 for name in counters)
     assert kind == "memory" or counters["disk"].hits == len(KEYS)
@@ -265,7 +266,7 @@ def test_an_instance_with_another_folder_finds_pages_in_the_server_and_keeps_the
     store.close()
     for tier in ("shared", "disk"):
         store = open_store(configs[1])
-        assert store.prefetch("a", KEYS).wait(PATIENCE) == [value_of("a", key) for key in KEYS]
+        assert store.prefetch("a", KEYS).wait(SOON) == [value_of("a", key) for key in KEYS]
         assert store.counters()[tier].hits == len(KEYS)
         store.close()
 
