@@ -8,6 +8,7 @@ import pytest
 from tests.jaxserve.server.test_process import SMALL
 from tests.jaxserve.test_cli import run
 from tests.processes import process
+from tests.waiting import SOON
 
 
 @pytest.fixture
@@ -48,5 +49,5 @@ def test_a_running_server_switches_to_what_is_kept_and_to_nothing_else(tiny_fold
         assert switched.returncode == 0 and f"{name} is served at {url}" in switched.stdout, switched.stderr
         refused = models("load", "/etc", "--url", url)
         assert refused.returncode == 2 and "neither in the model cache" in refused.stderr
-        with httpx2.Client(base_url=url) as http:
+        with httpx2.Client(base_url=url, timeout=SOON) as http:
             assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [name]

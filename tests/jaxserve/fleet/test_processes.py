@@ -12,13 +12,13 @@ import pytest
 
 from jaxserve import LLM, SamplingParams
 from tests.processes import START_UP, Process, process
+from tests.waiting import SOON, eventually
 
 pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.slow]
 
 SLOW = """
 import time
 from jaxserve.engine import Engine
-from tests.waiting import SOON, eventually
 step = Engine._step
 Engine._rounds = lambda self: 1
 Engine._step = lambda self: (time.sleep(0.02), step(self))[1]

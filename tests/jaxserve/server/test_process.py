@@ -8,6 +8,7 @@ import ssl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from typing import Any
 
 import httpx2
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from jaxserve.client import Client
 from jaxserve.parallel.errors import ServerError
 from tests.processes import Process, process
+from tests.waiting import SOON, eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -24,7 +26,6 @@ SMALL = "--max-model-len", "64", "--max-num-seqs", "2", "--max-num-batched-token
 SLOW = """
 import time
 from jaxserve.engine import Engine
-from tests.waiting import SOON, eventually
 step = Engine._step
 Engine._rounds = lambda self: 1
 Engine._step = lambda self: (time.sleep(0.03), step(self))[1]

@@ -11,10 +11,9 @@ import pytest
 from jaxserve import LLM, RequestError, SamplingParams
 from jaxserve.server.run import Life
 from tests.jaxserve.conftest import SIZE, with_few_shapes
-from tests.jaxserve.server import conftest
 from tests.jaxserve.server.conftest import starting
 from tests.jaxserve.server.test_faults import ask, events
-from tests.waiting import eventually
+from tests.waiting import SOON, eventually
 
 pytestmark = pytest.mark.xdist_group("server")
 
@@ -38,7 +37,7 @@ class Models:
     def load(self, name: str) -> LLM:
         gc.collect()
         self.alive.append(sum(weights() is not None for weights in self.weights))
-        assert self.go.wait(conftest.SOON)
+        assert self.go.wait(SOON)
         llm = LLM(self._folder, dtype=name, model_cache="off", **SIZE | {"max_num_seqs": 2})
         self.weights.append(weakref.ref(llm.engine._model.embed))  # type: ignore[attr-defined]
         if name in self.broken:

@@ -16,6 +16,7 @@ from jaxserve.tiers.disk import DiskTier
 from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.tier import Value
 from tests.jaxserve.tiers.conftest import value_of
+from tests.waiting import SOON
 
 ROOM = Limits(1 << 30)
 KEYS = [bytes([n]) * 32 for n in range(8)]
@@ -211,7 +212,6 @@ while True:
 
 SHARE = """
 import random
-from tests.waiting import SOON
 draw = random.Random(what)
 for _ in range(300):
     namespace, key = draw.choice("ab"), bytes([draw.randrange(12)]) * 32
