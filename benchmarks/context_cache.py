@@ -144,7 +144,7 @@ def make(subject: Subject, options: EngineConfig, connector: Connector | None) -
 
 def main(
     tokens: Annotated[int, typer.Option(min=128, help="Of a prompt.")] = 4096,
-    count: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 3,
+    count: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 2,
     turns: Annotated[int, typer.Option(min=1, help="How often each is asked.")] = 3,
 ) -> None:
     """Prints the time to the first token, and the throughput of prompts, by tier and by the share that is known."""

@@ -11,6 +11,7 @@ import pytest
 from jaxserve import LLM, RequestError, SamplingParams
 from jaxserve.server.run import Life
 from tests.jaxserve.conftest import SIZE, with_few_shapes
+from tests.jaxserve.server import conftest
 from tests.jaxserve.server.conftest import starting
 from tests.jaxserve.server.test_faults import ask, events
 from tests.waiting import SOON, eventually
