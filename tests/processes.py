@@ -2,13 +2,15 @@
 
 import os
 import queue
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from tests.waiting import SOON
@@ -22,6 +24,21 @@ def freeze(process: subprocess.Popen[Any]) -> None:
     """Stops a process until SIGCONT; it has when this returns, for the signal alone takes its time."""
     process.send_signal(signal.SIGSTOP)
     os.waitpid(process.pid, os.WUNTRACED)
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones at which nobody listens.
+
+    The system gives them to nobody else before they are used: those that it gives out are above.
+    """
+    draw, found = random.SystemRandom(), list[int]()  # workers may have seeded the other generator alike
+    with ExitStack() as taken:
+        while len(found) < count:
+            port = draw.randrange(10_000, 32_000)
+            with suppress(OSError):
+                taken.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return found
 
 
 class Process:

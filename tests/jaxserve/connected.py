@@ -26,7 +26,8 @@ from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.store import Store, StoreConfig
 from tests.jaxserve.conftest import EMBEDDED_SIZE, MESH_SHAPES, loaded, tokens, with_few_shapes
 from tests.jaxserve.test_product import prompts
-from tests.jaxserve.tiers.conftest import Server, free_ports
+from tests.jaxserve.tiers.conftest import start
+from tests.processes import free_ports
 
 PAGE = EMBEDDED_SIZE["page_size"]
 GREEDY = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
@@ -181,6 +182,5 @@ def stores(state: str, folder: Path, opened: ExitStack) -> StoreConfig:
     if state == "memory":
         return StoreConfig()
     if state == "shared":
-        server = opened.enter_context(closing(Server(folder / "server", *free_ports(1))))
-        return StoreConfig(memory=NOTHING, url=server.url)
+        return StoreConfig(memory=NOTHING, url=start(opened, folder / "server", *free_ports(1)).url)
     return StoreConfig(memory=Limits(1 << 30) if state == "restarted" else NOTHING, folder=folder / "pages")

@@ -3,12 +3,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.jaxserve.openai_server import Fake, serving
 from tests.jaxserve.test_cli import INTERRUPTIBLE, MAIN, run
+from tests.waiting import SOON, eventually
 
 
 def test_a_load_ends_with_tables_and_keeps_all_numbers_and_a_picture(tmp_path):
@@ -68,14 +68,13 @@ def test_ctrl_c_ends_a_load_early_and_shows_what_there_is():
         given = "bench", "serve", "--url", url, "--rate", "20", "--requests", "1000", "--output-tokens", "4"
         command = [sys.executable, "-c", INTERRUPTIBLE + MAIN + "main()", *given]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            while len(fake.asked) < 20:
-                time.sleep(0.01)
+            assert eventually(lambda: len(fake.asked) >= 20)
             process.send_signal(signal.SIGINT)
-            shown, said = process.communicate(timeout=30)
+            shown, said = process.communicate(timeout=SOON)
     assert (process.returncode, said) == (0, "")
     answered, unfinished = (re.search(rf"{name} +([0-9]+)", shown) for name in ("requests answered", "not finished"))
     assert answered and unfinished and int(answered[1]) + int(unfinished[1]) == 1000
-    assert 10 <= int(answered[1]) <= 100
+    assert 10 <= int(answered[1]) < 500
 
 
 @pytest.mark.parametrize(

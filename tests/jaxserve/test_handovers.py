@@ -26,7 +26,7 @@ from tests.jaxserve.connected import (
     run,
 )
 from tests.jaxserve.test_product import prompts
-from tests.jaxserve.tiers.conftest import free_ports
+from tests.processes import free_ports
 
 
 @pytest.mark.slow

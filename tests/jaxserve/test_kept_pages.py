@@ -38,8 +38,9 @@ from tests.jaxserve.connected import (
     stores,
 )
 from tests.jaxserve.test_product import prompts
-from tests.jaxserve.tiers.conftest import free_ports, start
+from tests.jaxserve.tiers.conftest import start
 from tests.jaxserve.tiers.test_shared import values_in
+from tests.processes import free_ports
 from tests.waiting import eventually
 
 SECONDS = 20.0

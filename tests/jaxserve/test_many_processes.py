@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from tests.jaxserve.conftest import GOLDENS, loaded, word_tokenizer
 from tests.oracles.generate import generate
 from tests.oracles.reference import logits
+from tests.processes import free_ports
 
 NAME = "deepseek_v3"
 ROOT = Path(__file__).parents[2]
@@ -56,12 +56,6 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
 def known(request: dict) -> list[float]:
     """How probable the oracle finds the prompt's tokens after the first."""
     *_, config, weights = loaded(NAME)
@@ -79,7 +73,7 @@ def start(process: int, port: int, model: Path, file: Path) -> subprocess.Popen:
 @pytest.fixture(scope="module")
 def found(folder, tmp_path_factory) -> list[dict]:
     """What each process says at its end."""
-    port, where, asked = free_port(), tmp_path_factory.mktemp("asked"), rounds()
+    (port,), where, asked = free_ports(1), tmp_path_factory.mktemp("asked"), rounds()
     files = [where / f"{process}.json" for process in range(2)]
     for process, file in enumerate(files):
         file.write_text(json.dumps([each[process] for each in asked]))
@@ -112,7 +106,7 @@ def test_loads_are_counted_over_all_and_prompts_are_found_again(found):
 
 def test_processes_that_are_set_up_otherwise_are_told_so(folder, tmp_path):
     (tmp_path / "none.json").write_text("[]")
-    port = free_port()
+    (port,) = free_ports(1)
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
@@ -123,7 +117,7 @@ def test_processes_that_are_set_up_otherwise_are_told_so(folder, tmp_path):
 
 
 def test_when_a_process_has_ended_the_next_call_of_another_says_so_at_once(folder, tmp_path):
-    port, files = free_port(), [tmp_path / f"{process}.json" for process in range(2)]
+    (port,), files = free_ports(1), [tmp_path / f"{process}.json" for process in range(2)]
     for file, calls in zip(files, ("[]", "[[]]"), strict=True):
         file.write_text(calls)
     running = [start(process, port, folder, file) for process, file in enumerate(files)]

@@ -254,8 +254,8 @@ def test_a_receiver_that_never_says_that_it_has_its_pages_holds_them_until_its_d
     sender = make_sender(opened)
     link = make_receiver(opened, sender.address)
     link._finish = lambda name: time.sleep(2)  # type: ignore[method-assign]
-    sender.offer("it", np.zeros(10), seconds=0.05)
-    link.pull("it", np.zeros(10), 0.3)
+    sender.offer("it", np.zeros(10), seconds=0.5)  # in which it is asked for, on a busy machine too
+    link.pull("it", np.zeros(10), 1.0)
     until(lambda: sender._links["receiver"].failure)
     until(lambda: len(sender.offers) == 0)
     assert (sender.offers.expired, sender.counts["receiver"].pulls) == (1, 0)

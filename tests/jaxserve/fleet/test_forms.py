@@ -13,18 +13,22 @@ from jaxserve.request import SamplingParams
 from tests.jaxserve.conftest import EMBEDDED_SIZE, loaded
 from tests.jaxserve.connected import GREEDY, SEEDED, certain, expected, of_form, requests
 from tests.jaxserve.fleet.conftest import listen
-from tests.jaxserve.tiers.conftest import free_ports, start
-from tests.processes import START_UP, Process, process
+from tests.jaxserve.tiers.conftest import start
+from tests.processes import START_UP, Process, free_ports, process
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
 SIZE = "--max-model-len", str(EMBEDDED_SIZE["max_model_len"]), "--max-num-seqs", "4", "--max-num-batched-tokens", "128"
-LAZY = """
+FEW = """
+from jaxserve.engine import Engine
 from jaxserve.options import EngineConfig
+from jaxserve.programs import Shapes, Tiles
+past = lambda engine: (Tiles(16, 8, past=16),) if engine._devices.mesh else ()
 EngineConfig.__init__.__kwdefaults__["warmup"] = False
+Engine._make_shapes = lambda self: Shapes((Tiles(16, 8), *past(self)), (self.options.max_num_seqs,))
 """
-"""Programs are compiled when they are needed: few of them are."""
+"""Few programs are compiled, and those when they are needed."""
 FORMS = [
     of_form(drafts, int8, prefilling, decoding)
     for drafts, int8, prefilling, decoding in [
@@ -49,7 +53,7 @@ class Stage:
         mesh = ("--devices", str(ranks), "--mesh", f"1x{ranks}") if ranks > 1 else ()
         router = f"127.0.0.1:{self.control.address[1]}"
         given = "serve", "--role", role, "--router", router, *SIZE, *self._form, *mesh, *words
-        started = stack.enter_context(process(*given, plant=LAZY))
+        started = stack.enter_context(process(*given, plant=FEW))
         assert eventually(lambda: self.joined(role) > joined, START_UP), started.lines
         return started
 

@@ -34,6 +34,7 @@ class Models:
         self.go = threading.Event()
         self.go.set()
         self.broken: set[str] = set()
+        self.pause = 0.01  # seconds, before each step
 
     def load(self, name: str) -> LLM:
         gc.collect()
@@ -46,7 +47,7 @@ class Models:
         with_few_shapes(llm.engine)
         llm.generate([[5, 7]], SamplingParams(max_tokens=2))  # compiled
         step = llm.engine._step  # type: ignore[attr-defined]
-        llm.engine._step = lambda: (time.sleep(0.01), step())[1]  # type: ignore[attr-defined]
+        llm.engine._step = lambda: (time.sleep(self.pause), step())[1]  # type: ignore[attr-defined]
         llm.engine._rounds = lambda: 1  # type: ignore[attr-defined]
         self.loaded.append(name)
         return llm
@@ -134,6 +135,7 @@ def test_without_any_model_the_server_ends(models):
 def test_answers_that_take_too_long_are_given_up_and_told_so(models):
     with switchable(models, drain_timeout=0.2) as server, ThreadPoolExecutor(2) as pool:
         assert ready(server)
+        models.pause = 0.05  # seconds; 110 of them are many more than what follows takes
         asked = pool.submit(ask, server, **LONG | {"max_tokens": 110})
         streamed = pool.submit(ask, server, **LONG | {"max_tokens": 110}, stream=True)
         assert eventually(lambda: server.life.service.open == 2)

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tests.processes import freeze
+from tests.processes import free_ports, freeze
 from tests.waiting import SOON, eventually
 
 PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
@@ -23,13 +22,6 @@ PROGRAM = shutil.which("valkey-server") or shutil.which("redis-server")
 def value_of(namespace: str, key: bytes, size: int = 100) -> memoryview:
     """What is put under a key: of another key, it is another."""
     return memoryview(hashlib.shake_128(repr((namespace, key)).encode()).digest(size)).toreadonly()
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ones."""
-    with ExitStack() as taken:
-        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 class Server:
@@ -53,8 +45,10 @@ class Server:
         assert eventually(self.answers)
 
     def answers(self) -> bool:
+        """Not another that has its port."""
         try:
-            return bool(self.client.ping())
+            about: Any = self.client.info("server")
+            return about["process_id"] == self._process.pid
         except RedisError:
             return False
 

@@ -204,10 +204,10 @@ print(tier.tally.read().failed, tier.tally.read().damaged)
 WRITE = """
 import random
 draw = random.Random(what)
-print("ready", flush=True)
 while True:
     key = bytes([draw.randrange(100)]) * 32
     tier.put("a", key, value_of("a", key, 1 << 18))
+    print("kept", flush=True)
 """
 
 SHARE = """
@@ -243,7 +243,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_only_whole_values(folde
     draw = random.Random(0)
     for what in range(4):
         process = child(folder, WRITE, limit, what)
-        assert process.stdout and process.stdout.readline() == "ready\n"
+        assert process.stdout and process.stdout.readline() == "kept\n"
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(draw.uniform(0.05, 0.3))
         process.send_signal(signal.SIGKILL)
