@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jaxserve.parallel.errors import TransferError
@@ -172,25 +172,6 @@ def dial(address: tuple[str, int], patience: float) -> socket.socket:
         return socket.create_connection(address, timeout=patience)
     except OSError as error:
         raise TransferError(f"{address[0]}:{address[1]} does not answer: {error}", "dead") from error
-
-
-def let_in(
-    listener: socket.socket, closed: threading.Event, serve: Callable[[socket.socket], object], name: str,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> None:  # fmt: skip
-    """Serves each connection in a thread of this name until `closed`, then listens no more; `meanwhile`, each tick."""
-    listener.settimeout(TICK)
-    with listener:
-        while not closed.is_set():
-            meanwhile()
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError:  # no file is left for another connection, say
-                closed.wait(TICK)
-                continue
-            threading.Thread(target=serve, args=[connection], name=name, daemon=True).start()
 
 
 def _proof(token: bytes, role: bytes, first: bytes | bytearray, second: bytes | bytearray) -> bytes:

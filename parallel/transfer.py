@@ -4,7 +4,6 @@ A `Sender` offers arrays under a name; they wait until a `Receiver` that has roo
 its own: one that stalls delays no other (arXiv:2508.02520, section 5.1).
 """
 
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import numpy as np
 
 from jaxserve.parallel.carriers import Implementation, Spec, carriers
 from jaxserve.parallel.errors import ShardingError, TransferError
-from jaxserve.parallel.frames import Frame, Frames, dial, let_in
+from jaxserve.parallel.frames import Frame, Frames, dial
+from jaxserve.parallel.gates import Gate
 from jaxserve.parallel.links import Counts, End, Health, Kind
 from jaxserve.parallel.offers import Offers
 
@@ -56,13 +56,9 @@ class Sender:
         self._make_carrier, self._implementation = carriers(implementation), implementation or "sockets"
         self._make_carrier(host)  # fails now, if it does
         self.offers, self._links, self._counts = Offers(limit), dict[str, Giver](), dict[str, Counts]()
-        self._token, self._patience = token, patience
-        listener = socket.create_server((host, port))
-        self.address: tuple[str, int] = listener.getsockname()[:2]
-        self._closed, self._lock = threading.Event(), threading.Lock()
-        given = listener, self._closed, self._serve, "transfer link", self.offers.expire
-        self._thread = threading.Thread(target=let_in, args=given, name="transfer", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._gate = Gate(host, port, token, patience, self._serve, "transfer link", self.offers.expire)
+        self.address = self._gate.address
 
     def offer(self, name: str, tree: Any, *, rows: int | None = None, seconds: float = 60.0) -> bool:
         """Whether there is room for a tree of arrays; if so, it is held until it is taken, or for so many seconds.
@@ -88,14 +84,12 @@ class Sender:
 
     def close(self) -> None:
         """Ends all links; what is on offer is thrown away."""
-        self._closed.set()
-        self._thread.join()
+        self._gate.close()
         for link in list(self._links.values()):
             link.close()
         self.offers.clear()
 
-    def _serve(self, connection: socket.socket) -> None:
-        frames = Frames(connection, self._patience)
+    def _serve(self, frames: Frames) -> None:
         try:
             link = self._welcome(frames)
         except (TransferError, LookupError, TypeError):  # words of someone who speaks otherwise
@@ -104,7 +98,6 @@ class Sender:
         link.run()
 
     def _welcome(self, frames: Frames) -> "Giver":
-        frames.admit(self._token)
         words = frames.expect().words
         name, theirs = words["name"], words["implementation"]
         if theirs != self._implementation:

@@ -1,8 +1,6 @@
 """Where instances of other processes join a fleet."""
 
 import logging
-import socket
-import threading
 import time
 
 import msgspec
@@ -11,7 +9,8 @@ from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Event, Gone, Hear, Refused, Signs
 from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
 from jaxserve.parallel.errors import RequestError, TransferError
-from jaxserve.parallel.frames import Frames, let_in
+from jaxserve.parallel.frames import Frames
+from jaxserve.parallel.gates import Gate
 from jaxserve.request import Request
 
 log = logging.getLogger("jaxserve.fleet")
@@ -66,24 +65,18 @@ class Control:
 
     def __init__(self, fleet: Fleet, token: bytes, *, host: str = "127.0.0.1", port: int = 0, period: float = 0.5):
         """Port 0 is any that is free. Raises RequestError if it can't listen there."""
-        self._fleet, self._token, self._period = fleet, token, period
+        self._fleet, self._period = fleet, period
         try:
-            listener = socket.create_server((host, port))
+            self._gate = Gate(host, port, token, PATIENCE, self._serve, "fleet instance")
         except (OSError, OverflowError) as error:
             raise RequestError(f"can't listen at {host}, port {port}: {error}; choose another --control-port") from None
-        self.address: tuple[str, int] = listener.getsockname()[:2]
-        self._closed = threading.Event()
-        given = listener, self._closed, self._serve, "fleet instance"
-        self._thread = threading.Thread(target=let_in, args=given, name="fleet control", daemon=True)
-        self._thread.start()
+        self.address = self._gate.address
 
     def close(self) -> None:
         """Lets nobody in any more; those that have joined stay."""
-        self._closed.set()
-        self._thread.join()
+        self._gate.close()
 
-    def _serve(self, connection: socket.socket) -> None:
-        frames = Frames(connection, PATIENCE)
+    def _serve(self, frames: Frames) -> None:
         try:
             self._welcome(frames).run()
         except (RequestError, TransferError) as error:
@@ -91,7 +84,6 @@ class Control:
             frames.close()
 
     def _welcome(self, frames: Frames) -> Remote:
-        frames.admit(self._token)
         hello = expect(frames, PATIENCE)
         if not isinstance(hello, Hello):
             raise TransferError(f"it begins with {type(hello).__name__}, not with Hello", "refused")
