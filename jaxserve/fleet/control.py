@@ -7,7 +7,7 @@ import msgspec
 
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Event, Gone, Hear, Refused, Signs
-from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
+from jaxserve.fleet.wire import Abort, Add, Alive, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
 from jaxserve.parallel.errors import RequestError, TransferError
 from jaxserve.parallel.frames import Frames
 from jaxserve.parallel.gates import Gate
@@ -22,15 +22,14 @@ PATIENCE = 10.0
 class Remote:
     """An instance of another process."""
 
-    def __init__(self, hello: Hello, frames: Frames, period: float):
-        """`period`: seconds between two heartbeats."""
+    def __init__(self, hello: Hello, frames: Frames, welcome: Welcome):
         self.about, self.signs, self.draining = hello.about, _now(hello.signs), False
-        self._line, self._period = Line(frames), period
+        self._line, self._welcome = Line(frames, Alive, welcome.period), welcome
         self._hear: Hear = lambda event: None
 
     def begin(self, hear: Hear) -> None:
         self._hear = hear
-        self._line.say(Welcome(self._period))
+        self._line.say(self._welcome)
 
     def add(self, request: Request) -> None:
         try:
@@ -87,7 +86,7 @@ class Control:
         hello = expect(frames, PATIENCE)
         if not isinstance(hello, Hello):
             raise TransferError(f"it begins with {type(hello).__name__}, not with Hello", "refused")
-        remote = Remote(hello, frames, self._period)
+        remote = Remote(hello, frames, Welcome(self._period, self._fleet.options.patience.dead_after))
         try:
             self._fleet.join(remote)
         except RequestError as error:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -26,9 +27,10 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
-    """The router's answer: the instance has joined, and is to give signs so often."""
+    """The router's answer: the instance has joined; both give signs so often, and are lost without any for so long."""
 
     period: float  # seconds
+    dead_after: float  # seconds
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
@@ -44,16 +46,20 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pulse(msgspec.Struct, tag=True, frozen=True):
-    """A heartbeat."""
+    """The instance's heartbeat."""
 
     signs: Signs
+
+
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    """The router's heartbeat."""
 
 
 class Leave(msgspec.Struct, tag=True, frozen=True):
     """The instance will finish what it has; and the router's answer: nothing more comes."""
 
 
-Message = Hello | Welcome | Add | Abort | Pulse | Leave | Said | Refused | Gone
+Message = Hello | Welcome | Add | Abort | Pulse | Alive | Leave | Said | Refused | Gone
 
 
 def encode(message: Message) -> bytes:
@@ -123,8 +129,9 @@ class Line:
     What is to be said is sent by a thread of its own; that also says what `pulse` gives, once in each period.
     """
 
-    def __init__(self, frames: Frames, pulse: Callable[[], Message] | None = None, period: float = 60.0):
-        self._frames, self._pulse, self._period = frames, pulse, period
+    def __init__(self, frames: Frames, pulse: Callable[[], Message], period: float, dead_after: float = float("inf")):
+        """Times are in seconds; the line ends if nothing is heard for `dead_after`."""
+        self._frames, self._pulse, self._period, self._dead_after = frames, pulse, period, dead_after
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
 
     def say(self, message: Message) -> None:
@@ -134,11 +141,15 @@ class Line:
     def run(self, hear: Callable[[Message], object]) -> TransferError:
         """Hears the other end until one of the two ends the line; gives the reason."""
         threading.Thread(target=self._write, name="fleet line", daemon=True).start()
+        heard = time.monotonic()
         try:
             while True:
                 message = receive(self._frames)
                 if message is not None:
                     hear(message)
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > self._dead_after:
+                    raise TransferError(f"nothing was heard of it for {self._dead_after:g} s", "dead")
         except TransferError as error:
             return error
         finally:
@@ -154,19 +165,17 @@ class Line:
         self._frames.close()
 
     def _write(self) -> None:
-        due = time.monotonic()
+        due = time.monotonic() + self._period
         try:
             while True:
-                if self._pulse and time.monotonic() >= due:
+                with suppress(Empty):
+                    data = self._outbox.get(timeout=max(0.0, due - time.monotonic()))
+                    if data is None:
+                        return
+                    send(self._frames, data)
+                if time.monotonic() >= due:
                     due = time.monotonic() + self._period
                     send(self._frames, encode(self._pulse()))
-                try:
-                    data = self._outbox.get(timeout=max(0.0, due - time.monotonic()) if self._pulse else None)
-                except Empty:
-                    continue
-                if data is None:
-                    return
-                send(self._frames, data)
         except TransferError:
             pass  # whoever hears will notice
         finally:

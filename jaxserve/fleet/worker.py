@@ -85,7 +85,7 @@ class Worker:
         except TransferError:
             frames.close()
             raise
-        return Line(frames, lambda: Pulse(self._local.signs), answer.period)
+        return Line(frames, lambda: Pulse(self._local.signs), answer.period, answer.dead_after)
 
     def _work(self, line: Line) -> None:
         self._line = line

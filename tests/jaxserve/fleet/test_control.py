@@ -1,8 +1,9 @@
 """Router and instances over sockets; the engines behind these are pretended."""
 
+import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import pytest
@@ -114,6 +115,57 @@ class Site:
         return found
 
 
+class Way:
+    """A way to an address, on which connections can fall silent without an end."""
+
+    def __init__(self, address):
+        self._target, self._silent, self._ends = address, threading.Event(), []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self._threads = [threading.Thread(target=self._listen)]
+        self._threads[0].start()
+
+    def silence(self):
+        """Nothing that is sent on the connections there are arrives any more; others are as they should be."""
+        self._silent.set()
+        self._silent = threading.Event()
+
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for end in self._ends:
+            end.close()
+        for thread in self._threads:
+            thread.join(SOON)
+        self._listener.close()
+
+    def _listen(self):
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            for source, target in ((near, far), (far, near)):
+                source.settimeout(0.05)
+                self._ends.append(source)
+                pump = threading.Thread(target=self._pump, args=[source, target, self._silent])
+                pump.start()
+                self._threads.append(pump)
+
+    @staticmethod
+    def _pump(source, target, silent):
+        try:
+            while not silent.is_set():
+                try:
+                    if not (data := source.recv(1 << 16)):
+                        return target.shutdown(socket.SHUT_WR)
+                    target.sendall(data)
+                except TimeoutError:
+                    continue
+        except OSError:
+            pass  # one end has gone
+
+
 @contextmanager
 def site(**options):
     stage = Site(**options)
@@ -178,6 +230,30 @@ def test_an_instance_that_hangs_while_its_heart_beats_is_lost():
         one.go.set()
         told = tokens(rest)  # nobody kept what came while it began to hang
         assert len(tokens(begun)) + len(told) <= 50 and told == said((5,), 3, 50)[-len(told) :]
+
+
+def test_an_instance_that_hears_nothing_of_the_router_stops_its_work_and_dials_again():
+    with site(patience=Patience(dead_after=1.0)) as stage, closing(Way(stage.control.address)) as way:
+        one, _, _ = stage.start("D1", router=way.address)
+        stage.until(lambda: stage.states())
+        stage.fleet.add(asked("x", (5,), 50, seed=3))
+        begun = stage.answers(count=5)["x"]
+        one.go.clear()
+        way.silence()
+        stage.until(lambda: "the router is gone: nothing was heard of it for 1 s" in stage.lines)
+        one.go.set()
+        stage.until(lambda: not one.busy)  # though nobody has said so
+        rest = stage.answers()["x"]  # of the same instance, which has joined again
+        assert tokens([*begun, *rest]) == said((5,), 3, 50)
+        assert stage.fleet.tally.lost == {"dead": 1}
+
+
+def test_a_router_that_has_nothing_to_say_is_not_taken_for_lost():
+    with site(patience=Patience(dead_after=1.0)) as stage:
+        stage.start("D1")
+        stage.until(lambda: stage.states())
+        time.sleep(2.0)
+        assert len(stage.lines) == 1 and stage.states() == {"D1": ("decode", "healthy")}
 
 
 def test_an_engine_that_fails_ends_its_process_and_the_fleet_goes_on():

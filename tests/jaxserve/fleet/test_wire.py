@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.counters import Counters
 from jaxserve.fleet.instance import About, Gone, Refused, Said, Signs
-from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Pulse, Welcome, decode, encode, receive
+from jaxserve.fleet.wire import Abort, Add, Alive, Hello, Leave, Pulse, Welcome, decode, encode, receive
 from jaxserve.identity import Identity
 from jaxserve.parallel.errors import RequestError, TransferError
 from jaxserve.parallel.frames import Frames
@@ -80,10 +80,11 @@ abouts = st.builds(
 )  # fmt: skip
 messages = st.one_of(
     st.builds(Hello, abouts, signs),
-    st.builds(Welcome, floats),
+    st.builds(Welcome, floats, floats),
     st.builds(Add, requests),
     st.builds(Abort, names),
     st.builds(Pulse, signs),
+    st.just(Alive()),
     st.just(Leave()),
     st.builds(Said, st.lists(outputs), st.booleans()),
     st.builds(Refused, names, names),
