@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxserve import __version__
 from jaxserve import options as sizes
 from jaxserve.compilation import cache_folder
 from jaxserve.connector import Connector, Peers
-from jaxserve.identity import digest
+from jaxserve.identity import identify
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model
 from jaxserve.layout import PageLayout
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import RequestError
-from jaxserve.tiers.keys import PageKind
 from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.store import StoreConfig, open_store
 
@@ -67,7 +65,7 @@ def make_connector(
         raise RequestError("context_cache: it needs enable_prefix_caching, by which pages are found; leave that on")
     dtype = model.embed.dtype
     layout = PageLayout(sizes.cache_of(cfg, options, 1, dtype))
-    kind = PageKind(digest(cfg), weights_version(model), _cache_dtype(options, dtype), options.page_size)
+    kind = identify(cfg, weights_version(model), dtype, options).page_kind
     longest = -(-sizes.model_len(cfg, options) // options.page_size) * layout.page_bytes
     peers = peers and peers._replace(limit=max(peers.limit, longest))
     opened = config and open_store(config)
@@ -91,7 +89,3 @@ def _digest(array: Any) -> str:
     told = hashlib.sha256(f"{values.dtype} {values.shape}".encode())
     told.update(values.reshape(-1).view(np.uint8).data)
     return told.hexdigest()
-
-
-def _cache_dtype(options: EngineConfig, dtype: Any) -> str:
-    return f"{jnp.dtype(dtype)} {options.kv_cache_dtype} on {jax.default_backend()}"

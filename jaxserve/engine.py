@@ -21,7 +21,7 @@ from jaxserve.connector import Connector
 from jaxserve.counters import Counters
 from jaxserve.executables import Executables
 from jaxserve.guidance import Guide
-from jaxserve.identity import Identity, digest
+from jaxserve.identity import Identity, identify
 from jaxserve.layers.config import Config
 from jaxserve.layers.int8 import is_int8
 from jaxserve.layers.sampling import Logprobs
@@ -188,9 +188,7 @@ class Engine:
     def identity(self) -> Identity:
         """What tells its weights and its cache from those of other engines."""
         part = f"{_checksum(self._model):08x}" + ("-int8" if is_int8(self._model) else "")
-        weights = self._porter.version or part
-        dtype, options = str(self._model.embed.dtype), self.options
-        return Identity(digest(self.cfg), weights, dtype, options.kv_cache_dtype, options.page_size)
+        return identify(self.cfg, self._porter.version or part, self._model.embed.dtype, self.options)
 
     @property
     def expert_layers(self) -> tuple[int, ...]:

@@ -404,6 +404,7 @@ def test_a_router_that_fails_in_a_step_ends_all_and_goes_on(monkeypatch):
     [
         ({"max_model_len": 64}, "max_model_len = 64: the router's is 128"),
         ({"identity": {"config": "0"}}, "config = '0': the router has "),
+        ({"identity": {"mtp_layers": 0}}, "mtp_layers = 0: D1 has 1; all must have the same"),
         ({"identity": {"weights": "1"}}, "weights = '1': D1 has '00'; all must have the same"),
         ({"identity": {"dtype": "bfloat16"}}, "dtype = 'bfloat16': D1 has 'float32'"),
         ({"identity": {"kv_cache_dtype": "int8"}}, "kv_cache_dtype = 'int8': D1 has 'auto'"),

@@ -75,8 +75,8 @@ PLAIN = {f.name: floats if f.type is float else wholes for f in fields(Counters)
 counters = st.builds(Counters, **PLAIN | NESTED)
 signs = st.builds(Signs, wholes, st.booleans(), counters, st.builds(Memory, wholes, wholes), floats)
 abouts = st.builds(
-    About, names, st.sampled_from(["prefill", "decode"]), st.builds(Identity, names, names, names, names, wholes),
-    wholes, wholes, wholes, wholes,
+    About, names, st.sampled_from(["prefill", "decode"]),
+    st.builds(Identity, names, wholes, names, names, names, wholes), wholes, wholes, wholes, wholes,
 )  # fmt: skip
 messages = st.one_of(
     st.builds(Hello, abouts, signs),
