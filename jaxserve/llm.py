@@ -5,7 +5,7 @@ import itertools
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -120,27 +120,29 @@ class LLM:
                 weights = spread(weights, cfg, devices, in_order(cfg, devices.size, *extra))
             compiling, kept = partial(tell, "compiling"), Executables(executables_folder())
             engine = Engine(weights, cfg, self.tokenizer, engine_config, compiling, devices, kept, connector)
-        self._begin(engine, connector)
+        self._begin(engine, connector.close if connector else _nothing)
 
     @classmethod
-    def over(cls, engine: Serving, tokenizer: Tokenizer) -> "LLM":
-        """A model that something else serves than an engine of this process, a `fleet.Fleet` for example."""
+    def over(cls, engine: Serving, tokenizer: Tokenizer, close: Callable[[], object] | None = None) -> "LLM":
+        """A model that something else serves than an engine of this process, a `fleet.Fleet` for example.
+
+        `close` ends what that has opened.
+        """
         llm = cls.__new__(cls)
         llm.tokenizer = tokenizer
-        llm._begin(engine, None)
+        llm._begin(engine, close or _nothing)
         return llm
 
-    def _begin(self, engine: Serving, connector: Connector | None) -> None:
-        self.engine, self._connector = engine, connector
+    def _begin(self, engine: Serving, close: Callable[[], object]) -> None:
+        self.engine, self._close = engine, close
         self._calls = itertools.count()
         self._inboxes: dict[str, deque[Output]] = {}
         self._left: deque[str] = deque()  # requests whose callers went away
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Writes what the context cache still has to, and ends its threads; there is nothing to generate after that."""
-        if self._connector:
-            self._connector.close()
+        """Writes what the context cache still has to, ends threads and connections; nothing can be generated then."""
+        self._close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -306,6 +308,10 @@ class LLM:
             id = self._left.popleft()
             self._inboxes.pop(id, None)
             self.engine.abort(id)
+
+
+def _nothing() -> None:
+    """There is nothing to close."""
 
 
 def _engine_config(options: Mapping[str, Any]) -> EngineConfig:

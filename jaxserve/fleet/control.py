@@ -77,7 +77,10 @@ class Control:
 
     def _serve(self, frames: Frames) -> None:
         try:
-            self._welcome(frames).run()
+            remote = self._welcome(frames)
+            if self._gate.closed:  # since then; whoever closes the fleet may have missed it
+                remote.close()
+            remote.run()
         except (RequestError, TransferError) as error:
             log.warning("an instance was not let in: %s", error)
             frames.close()

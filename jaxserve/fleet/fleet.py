@@ -186,6 +186,12 @@ class Fleet:
         outputs, self._said = self._said, []
         return outputs
 
+    def close(self) -> None:
+        """Has no more to do with its instances, which stop what they do for it."""
+        for instance in (member.instance for member in self.members):
+            if self.members.remove(instance):
+                instance.close()
+
     # Instances. They may join, speak and leave in any thread.
 
     def join(self, instance: Instance) -> None:

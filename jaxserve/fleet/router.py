@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxserve import options as sizes
-from jaxserve.checkpoints.hub import locate
+from jaxserve.checkpoints.hf import read_json
+from jaxserve.checkpoints.hub import TOKENIZER_FILES, locate
 from jaxserve.fleet.control import Control
 from jaxserve.fleet.fleet import Fleet, FleetOptions
-from jaxserve.llm import LLM, check_vocabulary, open_checkpoint
+from jaxserve.layers.config import Config
+from jaxserve.llm import LLM, check_vocabulary
 from jaxserve.options import EngineConfig
 from jaxserve.tokenizer import Tokenizer
 
@@ -24,15 +26,20 @@ class RouterOptions:
 
 
 def route(model: str | None, max_model_len: int | None, options: RouterOptions, tell: Callable[[str], object]) -> LLM:
-    """A model that instances serve, as soon as they have joined; no weights are loaded.
+    """A model that instances serve, as soon as they have joined, until it is closed.
 
-    `tell` is told where they can join.
+    Of the folder it needs config.json and the tokenizer's files, and no weights. `tell` is told where they can join.
     """
-    folder = locate(model)
-    tokenizer, cfg = Tokenizer.from_folder(folder), open_checkpoint(folder).cfg
+    folder = locate(model, TOKENIZER_FILES)
+    tokenizer, cfg = Tokenizer.from_folder(folder), Config.from_hf(read_json(folder))
     check_vocabulary(tokenizer, cfg, folder)
     fleet = Fleet(cfg, tokenizer, sizes.model_len(cfg, EngineConfig(max_model_len=max_model_len)), options.fleet)
     control = Control(fleet, options.token, host=options.host, port=options.port, period=options.period)
     host, port = control.address
     tell(f"instances join at {host}:{port}")
-    return LLM.over(fleet, tokenizer)
+
+    def close() -> None:
+        control.close()
+        fleet.close()
+
+    return LLM.over(fleet, tokenizer, close)
