@@ -8,7 +8,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from jaxserve.fleet.health import Patience
 from jaxserve.fleet.instance import Event, Gone, Instance, Refused, Said
 from jaxserve.fleet.jobs import Job, Stage
 from jaxserve.fleet.members import Members
-from jaxserve.fleet.policies import choose_decode, choose_prefill
+from jaxserve.fleet.policies import Link, choose_decode, choose_prefill, in_doubt, unreached
 from jaxserve.identity import digest
 from jaxserve.layers.config import Config
 from jaxserve.parallel.errors import QueueFullError, RequestError
@@ -41,6 +41,7 @@ class FleetOptions:
 
     wait            seconds that a job waits for a decode instance while there is none; then it ends with an error
     attempts        times that a job may fail by no fault of its own
+    doubt           seconds for which a link is avoided on which pages did not come
     ahead           jobs that are on their way to a decode instance, as a share of what it holds
     max_num_queued  answers that may be open besides those that decode instances generate at once; None: any number
     patience        when an instance is thought to be lost
@@ -49,6 +50,7 @@ class FleetOptions:
 
     wait: float = 60.0
     attempts: int = 5
+    doubt: float = 60.0
     ahead: float = 1.0
     max_num_queued: int | None = None
     patience: Patience = Patience()
@@ -75,7 +77,7 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)  # instances, by why: gone, dead, hung
     detection: Span = field(default_factory=Span)  # from the last sign of an instance until it was found lost
     recovery: Span = field(default_factory=Span)  # from then until another has gone on with a job of it
-    missed: Counter[tuple[str, str]] = field(default_factory=Counter)  # pages that did not come, by from where to where
+    missed: Counter[Link] = field(default_factory=Counter)  # prompts whose pages did not come, by link
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -102,6 +104,7 @@ class Fleet:
         self._tasks: dict[str, tuple[Job, Instance]] = {}  # those at an instance, by what they are called there
         self._waiting: list[tuple[tuple[int, int], Job]] = []  # a heap
         self._arrivals = self._names = 0
+        self._missed: dict[Link, float] = {}  # when pages did not come last, unless others have since
         self._own = secrets.token_hex(4)  # an instance may still have tasks of a router that was there before
         self._deserted: float | None = None  # since when there is no decode instance
         self._events: deque[tuple[Instance, Event]] = deque()
@@ -197,6 +200,7 @@ class Fleet:
     def join(self, instance: Instance) -> None:
         """Adds an instance. Raises RequestError that names the field if it doesn't fit the others."""
         self._look_after()  # one that is lost may come back under its name
+        self._missed = {link: at for link, at in self._missed.items() if instance.about.name not in link}
         self.members.join(instance, lambda event: self._hear(instance, event))
         log.info("%s has joined, for %s", instance.about.name, instance.about.role)
 
@@ -288,13 +292,16 @@ class Fleet:
     def _place(self, job: Job) -> bool:
         """Gives a job to an instance; whether there is one that has room."""
         others = [other for jobs in self._jobs.values() for other in jobs if other is not job]
+        alone = job.prefilled or job.losses >= LOSSES
+        prefills = [] if alone else self.members.prefill_loads(others)
+        doubts = in_doubt(self._missed, self._clock(), self.options.doubt)
         if not self.members.usable(job.target):
-            loads = self.members.decode_loads(others)
-            job.target = choose_decode(loads, job.tokens, self.options.ahead, job.avoid)
+            sources = [job.lent[0]] if job.lent else [load.name for load in prefills]
+            job.target = self._choose_target(job, others, doubts, sources)
         if job.target is None:
             return False
-        alone = job.prefilled or job.losses >= LOSSES
-        where = None if alone else choose_prefill(self.members.prefill_loads(others), job.tokens, job.avoid)
+        far = {source for source, to in doubts if to == job.target}
+        where = choose_prefill(prefills, job.tokens, far | {job.avoid})
         stage, name = ("prefill", where) if where else ("decode", job.target)
         instance = self.members.get(name)
         if instance is None:
@@ -304,6 +311,12 @@ class Fleet:
         self._tasks[task] = job, instance
         instance.add(job.give(stage, name, task, self._clock()))
         return True
+
+    def _choose_target(self, job: Job, others: list[Job], doubts: Set[Link], sources: list[str]) -> str | None:
+        """The decode instance that is to have a job, whose pages come from one of the sources."""
+        loads = self.members.decode_loads(others)
+        far = unreached(doubts, sources, [load.name for load in loads])
+        return choose_decode(loads, job.tokens, self.options.ahead, far | {job.avoid})
 
     def _hear_of(self, job: Job, name: str, output: Output, good: bool) -> None:
         """Moves a job on by an output of the instance that works on it."""
@@ -326,12 +339,15 @@ class Fleet:
             return None
         lender, _ = job.lent
         self.tally.missed[lender, name] += 1
+        self._missed[lender, name] = self._clock()
         log.warning("pages did not come from %s to %s: %s", lender, name, output.error)
         return lender
 
     def _tell(self, job: Job, output: Output) -> None:
         """Tells the client."""
         begun, lost, tally = job.begun, job.lost, self.tally
+        if job.lent and job.at and output.token_ids:  # its pages have come
+            self._missed.pop((job.lent[0], job.at), None)
         told = job.grow(output)
         if not begun:
             tally.prompt_tokens += len(job.request.prompt_token_ids)

@@ -1,7 +1,10 @@
 """Who gets the next job. Pure functions of what is known of the instances; of equals, the first by name is chosen."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Set
 from typing import NamedTuple
+
+Link = tuple[str, str]
+"""From a prefill instance to a decode instance, by their names."""
 
 
 class PrefillLoad(NamedTuple):
@@ -23,26 +26,39 @@ class DecodeLoad(NamedTuple):
     slots: int  # answers that it generates at once
 
 
-def choose_prefill(loads: Collection[PrefillLoad], tokens: int, avoid: str | None = None) -> str | None:
+def choose_prefill(loads: Collection[PrefillLoad], tokens: int, avoid: Collection[str | None] = ()) -> str | None:
     """Where a prompt of so many tokens will be computed first; None if there is nobody.
 
-    Where it has failed before it goes only if there is no other.
+    Those that are to be avoided get it only if there is no other.
     """
     best = min(
-        loads, key=lambda load: (load.name == avoid, (load.queued + tokens) / load.ranks, load.name), default=None
+        loads, key=lambda load: (load.name in avoid, (load.queued + tokens) / load.ranks, load.name), default=None
     )
     return best and best.name
 
 
-def choose_decode(loads: Collection[DecodeLoad], tokens: int, ahead: float, avoid: str | None = None) -> str | None:
+def choose_decode(
+    loads: Collection[DecodeLoad], tokens: int, ahead: float, avoid: Collection[str | None] = ()
+) -> str | None:
     """Where least of the cache is in use, with what is reserved and these tokens; None if there is no room.
 
-    An instance takes jobs beyond what it has room for, by a share `ahead`: their prompts are computed meanwhile.
+    An instance takes jobs beyond what it has room for, by a share `ahead`: their prompts are computed meanwhile. Those
+    that are to be avoided get it only if no other has room.
     """
     able = [load for load in loads if has_room(load, tokens, ahead)]
-    order = lambda load: (load.name == avoid, _share(load, tokens), load.jobs, load.name)  # noqa: E731
+    order = lambda load: (load.name in avoid, _share(load, tokens), load.jobs, load.name)  # noqa: E731
     best = min(able, key=order, default=None)
     return best and best.name
+
+
+def in_doubt(missed: Mapping[Link, float], now: float, seconds: float) -> Set[Link]:
+    """Links on which pages were missed less than so many seconds ago; whoever uses one may wait for a deadline."""
+    return {link for link, at in missed.items() if now - at < seconds}
+
+
+def unreached(links: Set[Link], prefills: Collection[str], decodes: Collection[str]) -> Set[str]:
+    """Decode instances that these prefill instances have no other links to than those; none if there are no such."""
+    return {to for to in decodes if prefills and all((source, to) in links for source in prefills)}
 
 
 def has_room(load: DecodeLoad, tokens: int, ahead: float) -> bool:

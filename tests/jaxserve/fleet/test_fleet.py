@@ -242,6 +242,66 @@ def test_where_pages_did_not_come_from_they_are_not_computed_again_if_there_are_
     assert stage.tokens("x") == said((5, 7), 3, 4) and len(other.given) == 1
 
 
+def lose_pages(stage, decode, id="x"):
+    """A job is given, and its pages do not come."""
+    stage.fleet.add(asked(id, (5, 7), seed=3))
+    for fake in stage.fakes:
+        if fake.about.role == "prefill":
+            fake.work()
+    stage.step()
+    stage.offers.clear()
+    decode.work()
+    stage.step()
+
+
+def test_a_link_on_which_pages_did_not_come_is_avoided_for_a_while():
+    stage = Stage(doubt=60.0)
+    one, decode = stage.pair()
+    other = stage.join("P2", "prefill")
+    lose_pages(stage, decode)
+    stage.run()
+    asked_before = len(one.given)
+    for i in range(3):
+        stage.fleet.add(asked(str(i), (5, 7), seed=i))
+        stage.run()
+    assert len(one.given) == asked_before and len(other.given) == 4
+    stage.clock.now += 60.0
+    stage.fleet.add(asked("later", (5, 7), seed=3))
+    stage.run()
+    assert len(one.given) == asked_before + 1
+
+
+def test_an_answer_goes_where_pages_come_to_though_more_is_done_there():
+    stage = Stage()
+    _, decode = stage.pair()
+    lose_pages(stage, decode)
+    other = stage.join("D2", "decode")
+    other.pages = 32
+    stage.fleet.add(asked("y", (5, 7), seed=3))
+    stage.run()
+    assert len(other.given) == 1 and stage.tokens("y") == said((5, 7), 3, 4)
+
+
+def test_links_that_are_all_in_doubt_are_used_and_one_that_works_is_in_doubt_no_more():
+    stage = Stage()
+    prefill, decode = stage.pair()
+    lose_pages(stage, decode)
+    assert stage.fleet._missed
+    stage.run()  # by the same link
+    assert stage.tokens("x") == said((5, 7), 3, 4) and len(prefill.given) == 2
+    assert not stage.fleet._missed and stage.fleet.tally.missed == {("P1", "D1"): 1}
+
+
+def test_an_instance_that_has_come_back_is_not_in_doubt():
+    stage = Stage()
+    prefill, decode = stage.pair()
+    lose_pages(stage, decode)
+    prefill.die()
+    stage.step()
+    stage.join("P1", "prefill")
+    assert not stage.fleet._missed
+
+
 def test_text_that_was_held_back_when_a_step_failed_is_not_told_twice():
     stage = Stage()
     _, decode = stage.pair()

@@ -1,7 +1,15 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.fleet.policies import DecodeLoad, PrefillLoad, choose_decode, choose_prefill, has_room
+from jaxserve.fleet.policies import (
+    DecodeLoad,
+    PrefillLoad,
+    choose_decode,
+    choose_prefill,
+    has_room,
+    in_doubt,
+    unreached,
+)
 
 prefills = st.lists(st.builds(PrefillLoad, st.text("abc", max_size=3), st.integers(0, 99), st.integers(1, 4)))
 decodes = st.lists(
@@ -31,10 +39,10 @@ def test_a_long_prompt_goes_to_the_wider_instance_though_more_is_queued_there():
 
 def test_where_a_job_has_failed_it_goes_only_if_there_is_no_other():
     loads = [PrefillLoad("a", 0), PrefillLoad("b", 1000)]
-    assert choose_prefill(loads, 1, avoid="a") == "b"
-    assert choose_prefill(loads[:1], 1, avoid="a") == "a"
+    assert choose_prefill(loads, 1, avoid={"a", None}) == "b"
+    assert choose_prefill(loads[:1], 1, avoid={"a", None}) == "a"
     rooms = [DecodeLoad("a", 0, 0, 10, 0, 1), DecodeLoad("b", 9, 0, 10, 1, 1)]
-    assert choose_decode(rooms, 1, 1.0, avoid="a") == "b"
+    assert choose_decode(rooms, 1, 1.0, avoid={"a", None}) == "b"
 
 
 def test_an_answer_goes_where_the_least_share_of_the_cache_is_used_or_reserved():
@@ -48,6 +56,21 @@ def test_an_instance_takes_as_many_jobs_ahead_as_it_is_told_and_one_without_any_
     full = DecodeLoad("a", 0, 0, 100, jobs=4, slots=4)
     assert not has_room(full, 1, ahead=0.0) and has_room(full, 1, ahead=0.5)
     assert has_room(DecodeLoad("a", 0, 0, 100, jobs=0, slots=4), 1000, ahead=0.0)
+
+
+def test_a_link_is_in_doubt_for_a_while_after_pages_were_missed_on_it():
+    missed = {("a", "d"): 100.0, ("b", "d"): 130.0}
+    assert in_doubt(missed, 130.0, 60.0) == set(missed)
+    assert in_doubt(missed, 160.0, 60.0) == {("b", "d")}
+    assert not in_doubt(missed, 190.0, 60.0)
+
+
+def test_a_decode_instance_is_unreached_if_all_links_to_it_are_in_doubt():
+    links = {("a", "d"), ("b", "d"), ("a", "e")}
+    assert unreached(links, ["a", "b"], ["d", "e"]) == {"d"}
+    assert unreached(links, ["a"], ["d", "e", "f"]) == {"d", "e"}
+    assert unreached(links, ["a", "c"], ["d"]) == set()
+    assert unreached(links, [], ["d"]) == set()
 
 
 @given(prefills, st.integers(0, 99))
