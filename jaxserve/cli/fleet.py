@@ -4,9 +4,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from jaxserve.cli.show import notes
 from jaxserve.parallel.errors import EngineError, RequestError
@@ -16,6 +16,48 @@ if TYPE_CHECKING:
     from jaxserve.llm import LLM
 
 ServeRole = Literal["prefill", "decode", "router"]
+
+
+class Group(NamedTuple):
+    """Options of `serve` that have an effect in these roles alone; None: whoever does all."""
+
+    roles: tuple[ServeRole | None, ...]
+    reason: str
+    names: str
+
+
+GROUPS = (
+    Group(
+        (None, "prefill", "decode"),
+        "it is for who has an engine; give it to the instances",
+        "max_num_seqs max_num_batched_tokens num_speculative_tokens cache_gb dtype quantization kv_cache_dtype "
+        "context_cache context_cache_memory_gb context_cache_disk_gb context_cache_shared_gb model_cache devices mesh",
+    ),
+    Group(
+        (None, "router"),
+        "it is for who is asked by clients; give it to the router",
+        "port served_model_name api_key max_num_queued chat_template max_body_bytes max_prompt_tokens max_answers "
+        "max_tokens max_concurrency allow_priority request_timeout step_timeout allowed_origin allowed_host "
+        "ssl_certfile ssl_keyfile ssl_keyfile_password ssl_ca_certs",
+    ),
+    Group((None,), "a fleet serves one model", "loadable"),
+    Group(
+        ("router",),
+        "it is for --role router",
+        "control_host control_port heartbeat dead_after hung_after max_attempts",
+    ),
+    Group(("prefill", "decode"), "it is for --role prefill and --role decode", "name"),
+    Group(("prefill", "decode", "router"), "it is for a part of a fleet, see --role", "fleet_token"),
+)
+
+
+def check_effect(role: ServeRole | None, given: Iterable[str]) -> None:
+    """Raises RequestError that names an option which was given, and has no effect in a role."""
+    wrong = {name: group.reason for group in GROUPS if role not in group.roles for name in group.names.split()}
+    for name in given:
+        if name in wrong:
+            where = f"with --role {role}" if role else "without --role"
+            raise RequestError(f"--{name.replace('_', '-')} has no effect {where}: {wrong[name]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +83,10 @@ class Part:
             raise RequestError(f"--router HOST:PORT {reason}")
         if self.router is not None and not re.fullmatch(r".+:\d+", self.router):
             raise RequestError(f"--router {self.router}: it must be host:port, like localhost:8001")
+        if self.dead_after <= self.heartbeat:
+            raise RequestError(
+                f"--dead-after {self.dead_after:g}: it must be more than --heartbeat, {self.heartbeat:g}"
+            )
         if self.role and not self.token:
             raise RequestError(
                 "--fleet-token or JAXSERVE_FLEET_TOKEN is missing: the router and its instances share one"

@@ -25,6 +25,13 @@ StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends the
 MaxModelLenOption = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together at most; the cache has room for them.")
 ]
+MaxNumSeqsOption = Annotated[int, typer.Option(min=1, help="Answers generated together, on each device.")]
+MaxNumBatchedTokensOption = Annotated[int, typer.Option(help="Prompt tokens of a step.")]
+NumSpeculativeTokensOption = Annotated[
+    int | None,
+    typer.Option(help="Guesses a step, by the MTP module; without it, 1 if the model has one, on CPU 0."),
+]
+CacheGbOption = Annotated[float, typer.Option(min=0.001, help="Gigabytes of the cache at most, on each device.")]
 DtypeOption = Annotated[
     str, typer.Option(help="float32, bfloat16, float16; auto: the checkpoint's own, on CPU float32.")
 ]
@@ -73,6 +80,20 @@ ContextCacheSharedOption = Annotated[
 FleetTokenOption = Annotated[
     str | None,
     typer.Option(envvar="JAXSERVE_FLEET_TOKEN", help="A secret that the router and its instances share."),
+]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+ServedModelNameOption = Annotated[
+    list[str] | None,
+    typer.Option(help="How clients call the model, several if repeated; else as it is given here."),
+]
+ServerKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key", help="Only clients with this key are served, several if repeated.", envvar="JAXSERVE_API_KEY"
+    ),
+]
+DrainTimeoutOption = Annotated[
+    float, typer.Option(min=0.0, help="Seconds to finish what was accepted, after SIGTERM or Ctrl-C.")
 ]
 UrlOption = Annotated[
     str | None, typer.Option(help="Ask the OpenAI-compatible server there, rather than a model in this process.")

@@ -10,21 +10,29 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from jaxserve.cli.devices import emulate
-from jaxserve.cli.fleet import Part, ServeRole, collectors, open_router, run_instance
+from jaxserve.cli.fleet import Part, ServeRole, check_effect, collectors, open_router, run_instance
 from jaxserve.cli.options import (
+    CacheGbOption,
     ContextCacheDiskOption,
     ContextCacheMemoryOption,
     ContextCacheOption,
     ContextCacheSharedOption,
     DevicesOption,
+    DrainTimeoutOption,
     DtypeOption,
     FleetTokenOption,
     KvCacheDtypeOption,
     MaxModelLenOption,
+    MaxNumBatchedTokensOption,
+    MaxNumSeqsOption,
     MeshOption,
     ModelArgument,
     ModelCacheOption,
+    NumSpeculativeTokensOption,
+    PortOption,
     QuantizationOption,
+    ServedModelNameOption,
+    ServerKeyOption,
 )
 from jaxserve.cli.show import notes, progress
 from jaxserve.parallel.errors import RequestError
@@ -39,6 +47,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
+    context: typer.Context,
     model: ModelArgument = None,
     host: Annotated[
         str,
@@ -47,26 +56,17 @@ def serve(
             "Of an instance: where other instances reach it."
         ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="How clients call the model, several if repeated; else as it is given here."),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Only clients with this key are served, several if repeated.", envvar="JAXSERVE_API_KEY"),
-    ] = None,
+    port: PortOption = 8000,
+    served_model_name: ServedModelNameOption = None,
+    api_key: ServerKeyOption = None,
     max_model_len: MaxModelLenOption = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers generated together, on each device.")] = 16,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of a step.")] = 512,
+    max_num_seqs: MaxNumSeqsOption = 16,
+    max_num_batched_tokens: MaxNumBatchedTokensOption = 512,
     max_num_queued: Annotated[
         int, typer.Option(min=0, help="Answers that may wait besides; the next gets status 429.")
     ] = 1024,
-    num_speculative_tokens: Annotated[
-        int | None,
-        typer.Option(help="Guesses a step, by the MTP module; without it, 1 if the model has one, on CPU 0."),
-    ] = None,
-    cache_gb: Annotated[float, typer.Option(min=0.001, help="Gigabytes of the cache at most, on each device.")] = 4.0,
+    num_speculative_tokens: NumSpeculativeTokensOption = None,
+    cache_gb: CacheGbOption = 4.0,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
@@ -101,9 +101,7 @@ def serve(
     step_timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds for a step of the engine; if it takes longer, the server ends.")
     ] = 60.0,
-    drain_timeout: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to finish what was accepted, after SIGTERM or Ctrl-C.")
-    ] = 60.0,
+    drain_timeout: DrainTimeoutOption = 60.0,
     allowed_origin: Annotated[
         list[str] | None, typer.Option(help="Another site whose pages may ask this server, several if repeated.")
     ] = None,
@@ -149,6 +147,9 @@ def serve(
     max_attempts: Annotated[
         int, typer.Option(min=1, help="With --role router: times that an answer may lose its instance.")
     ] = 5,
+    end_with_stdin: Annotated[
+        bool, typer.Option("--end-with-stdin", help="End at once when standard input ends: who started this is gone.")
+    ] = False,
 ) -> NoReturn:
     """Serves a model over HTTP: OpenAI's API at /v1, a page at /, metrics at /metrics.
 
@@ -177,9 +178,14 @@ def serve(
     jaxserve serve --role prefill --router localhost:8001
     jaxserve serve --role decode --router localhost:8001
     """
+    from jaxserve.fleet.children import watch_stdin
     from jaxserve.server.run import ServerOptions, serve
     from jaxserve.server.service import Limits
 
+    if end_with_stdin:
+        watch_stdin()
+    source = context.get_parameter_source
+    check_effect(role, [name for name in context.params if (found := source(name)) and found.name == "COMMANDLINE"])
     if not all(api_key or [os.environ.get("JAXSERVE_API_KEY", "none").strip()]):
         raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
     if not all(key.isascii() for key in api_key or ()):

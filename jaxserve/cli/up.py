@@ -9,19 +9,27 @@ import typer
 from rich.text import Text
 
 from jaxserve.cli.options import (
+    CacheGbOption,
     ContextCacheDiskOption,
     ContextCacheMemoryOption,
     ContextCacheOption,
     ContextCacheSharedOption,
     DevicesOption,
+    DrainTimeoutOption,
     DtypeOption,
     FleetTokenOption,
     KvCacheDtypeOption,
     MaxModelLenOption,
+    MaxNumBatchedTokensOption,
+    MaxNumSeqsOption,
     MeshOption,
     ModelArgument,
     ModelCacheOption,
+    NumSpeculativeTokensOption,
+    PortOption,
     QuantizationOption,
+    ServedModelNameOption,
+    ServerKeyOption,
 )
 from jaxserve.cli.show import notes
 
@@ -33,16 +41,14 @@ def up(
     prefill: Annotated[int, typer.Option(min=0, help="Instances that compute prompts.")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="Instances that generate answers.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen at, for clients.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    served_model_name: Annotated[str | None, typer.Option(help="How clients call the model.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="Only clients with this key are served.", envvar="JAXSERVE_API_KEY")
-    ] = None,
+    port: PortOption = 8000,
+    served_model_name: ServedModelNameOption = None,
+    api_key: ServerKeyOption = None,
     max_model_len: MaxModelLenOption = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers generated together, of each instance.")] = 16,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Prompt tokens of a step.")] = 512,
-    num_speculative_tokens: Annotated[int | None, typer.Option(help="Guesses a step, by the MTP module.")] = None,
-    cache_gb: Annotated[float, typer.Option(min=0.001, help="Gigabytes of each instance's cache at most.")] = 4.0,
+    max_num_seqs: MaxNumSeqsOption = 16,
+    max_num_batched_tokens: MaxNumBatchedTokensOption = 512,
+    num_speculative_tokens: NumSpeculativeTokensOption = None,
+    cache_gb: CacheGbOption = 4.0,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
@@ -53,9 +59,7 @@ def up(
     model_cache: ModelCacheOption = None,
     devices: DevicesOption = None,
     mesh: MeshOption = None,
-    drain_timeout: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to finish what was accepted, after SIGTERM or Ctrl-C.")
-    ] = 60.0,
+    drain_timeout: DrainTimeoutOption = 60.0,
     fleet_token: FleetTokenOption = None,
 ) -> NoReturn:
     """Starts a router and instances on this machine, and ends them together.
@@ -69,29 +73,29 @@ def up(
 
     jaxserve up --prefill 2 --decode 1 Qwen/Qwen3-0.6B --quantization int8
 
+    If this process is killed, the others end at once, and finish nothing.
+
     Instances share the folders of --context-cache and --model-cache; each has a cache in memory of its own.
     """
     from jaxserve.fleet.children import Children
 
-    common = _given(
-        model, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        num_speculative_tokens=num_speculative_tokens, cache_gb=cache_gb, dtype=dtype, quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype, drain_timeout=drain_timeout,
-    )  # fmt: skip
+    common = _given(model, max_model_len=max_model_len, drain_timeout=drain_timeout)
     facing = _given(None, host=host, port=port, served_model_name=served_model_name, control_port=0)
     own = _given(
-        None, devices=devices, mesh=mesh, model_cache=model_cache, context_cache=context_cache,
+        None, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        num_speculative_tokens=num_speculative_tokens, cache_gb=cache_gb, dtype=dtype, quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype, devices=devices, mesh=mesh, model_cache=model_cache, context_cache=context_cache,
         context_cache_memory_gb=context_cache_memory_gb, context_cache_disk_gb=context_cache_disk_gb,
         context_cache_shared_gb=context_cache_shared_gb,
     )  # fmt: skip
-    serve = [sys.executable, "-m", "jaxserve", "serve", *common]
+    serve = [sys.executable, "-m", "jaxserve", "serve", *common, "--end-with-stdin"]
     instances = {
         f"{role}-{number}": [*serve, *own, "--role", role, "--name", f"{role}-{number}"]
         for role, count in {"prefill": prefill, "decode": decode}.items()
         for number in range(1, count + 1)
     }
     secret = {"JAXSERVE_FLEET_TOKEN": fleet_token or secrets.token_hex(16)}
-    environment = secret | ({"JAXSERVE_API_KEY": api_key} if api_key else {})
+    environment = secret | ({"JAXSERVE_API_KEY": " ".join(api_key)} if api_key else {})
     children = Children(environment, Teller(["router", *instances]))
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # a terminal that is closed ends them too
         if hasattr(signal, name):
@@ -100,10 +104,10 @@ def up(
 
 
 def _given(model: str | None, **options: object) -> list[str]:
-    """A command's arguments, of those that have a value."""
+    """A command's arguments, of those that have a value, or several."""
     words = [] if model is None else [model]
-    for name, value in options.items():
-        if value is not None:
+    for name, given in options.items():
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 

@@ -23,7 +23,7 @@ class Child:
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written; it ends with this process, see `watch_stdin`
             env=os.environ | dict(environment),
             text=True,
             errors="replace",
@@ -50,6 +50,8 @@ class Child:
         """Its status, when it has ended and all its lines are passed on."""
         status = self.process.wait()
         self._reader.join()
+        if self.process.stdin:
+            self.process.stdin.close()
         return status
 
     def _read(self) -> None:
@@ -62,6 +64,20 @@ class Child:
                 if line.strip():
                     self._tell(self.name, line.rstrip())
         self.told.set()
+
+
+def watch_stdin() -> None:
+    """Ends this process when its standard input ends: at once, for nobody looks after it any more."""
+    threading.Thread(target=_outlive_nobody, name="standard input", daemon=True).start()
+
+
+def _outlive_nobody() -> None:
+    try:
+        while os.read(0, 1 << 10):  # not `sys.stdin`, whose lock a thread must not hold when the interpreter ends
+            pass
+    except OSError:
+        pass  # there is none
+    os._exit(1)
 
 
 class Children:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -78,6 +80,36 @@ def test_without_the_router_or_any_instance_all_end_with_status_1(router, instan
     show = Show(router, {"a": instance})
     assert show.status() == 1
     assert line in show.lines
+
+
+HELD = """
+import os, socket, sys
+from jaxserve.fleet.children import watch_stdin
+kept = socket.create_connection(("127.0.0.1", int(os.environ["PORT"])))
+watch_stdin()
+"""
+HOLDER = """
+import os, sys
+from jaxserve.fleet.children import Children
+children = Children({}, lambda *_: None)
+children.run([sys.executable, "-c", sys.argv[1]], {"a": [sys.executable, "-c", sys.argv[2]]})
+"""
+
+
+def test_if_the_process_that_started_them_is_killed_they_end():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(60)
+        given = [sys.executable, "-c", HOLDER, HELD + ROUTER, HELD + INSTANCE]
+        holder = subprocess.Popen(given, env=os.environ | {"PORT": str(listener.getsockname()[1])})
+        try:
+            connections = [listener.accept()[0] for _ in range(2)]
+        finally:
+            holder.kill()
+            holder.wait()
+    for connection in connections:
+        with connection:
+            connection.settimeout(60)
+            assert connection.recv(1) == b""  # of a process that has ended
 
 
 def test_the_second_time_nothing_is_finished():

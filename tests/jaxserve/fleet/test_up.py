@@ -6,8 +6,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from jaxserve.cli.fleet import GROUPS, check_effect
 from jaxserve.cli.main import app
 from jaxserve.fleet import children as module
+from jaxserve.parallel.errors import RequestError
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def started(monkeypatch):
 
 def read(command):
     assert command[1:4] == ["-m", "jaxserve", "serve"]
-    return typer.main.get_command(app).commands["serve"].make_context("serve", list(command[4:])).params
+    context = typer.main.get_command(app).commands["serve"].make_context("serve", list(command[4:]))
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    return context.params | {"given": given}
 
 
 def up(*words):
@@ -54,8 +58,20 @@ def test_each_process_has_a_role_and_instances_a_name_of_their_own(started):
 def test_all_have_the_same_model_and_sizes(started):
     up("some/model", "--max-model-len", "64", "--dtype", "bfloat16", "--quantization", "int8", "--cache-gb", "0.5")
     del started["environment"]
-    wanted = {"model": "some/model", "max_model_len": 64, "dtype": "bfloat16", "quantization": "int8", "cache_gb": 0.5}
+    wanted = {"model": "some/model", "max_model_len": 64}
     assert all({name: its[name] for name in wanted} == wanted for its in started.values())
+    del started["router"]  # it has no engine
+    wanted = {"dtype": "bfloat16", "quantization": "int8", "cache_gb": 0.5}
+    assert all({name: its[name] for name in wanted} == wanted for its in started.values())
+
+
+def test_what_each_is_given_has_an_effect_there_and_ends_it_with_this_process(started):
+    up("--served-model-name", "a", "--served-model-name", "b", "--api-key", "k", "--api-key", "l", "--mesh", "1x2")
+    assert started.pop("environment")["JAXSERVE_API_KEY"] == "k l"
+    assert started["router"]["served_model_name"] == ["a", "b"]
+    for its in started.values():
+        check_effect(its["role"], its["given"])
+        assert its["end_with_stdin"]
 
 
 def test_instances_share_the_folders_of_what_is_kept(started):
@@ -75,3 +91,33 @@ def test_instances_share_the_folders_of_what_is_kept(started):
 def test_without_those_options_nothing_is_kept(started):
     up()
     assert started["decode-1"]["context_cache"] is started["decode-1"]["model_cache"] is None
+
+
+@pytest.mark.parametrize(
+    ("role", "option", "message"),
+    [
+        ("router", "cache_gb", "--cache-gb has no effect with --role router: it is for who has an engine; give it to"),
+        ("prefill", "max_num_queued", "--max-num-queued has no effect with --role prefill: it is for who is asked by"),
+        ("decode", "control_port", "--control-port has no effect with --role decode: it is for --role router"),
+        (None, "control_port", "--control-port has no effect without --role: it is for --role router"),
+        ("router", "name", "--name has no effect with --role router: it is for --role prefill and --role decode"),
+        ("router", "loadable", "--loadable has no effect with --role router: a fleet serves one model"),
+        (None, "fleet_token", "--fleet-token has no effect without --role: it is for a part of a fleet"),
+    ],
+)
+def test_an_option_without_effect_in_a_role_is_named(role, option, message):
+    with pytest.raises(RequestError) as caught:
+        check_effect(role, ["model", option])
+    assert str(caught.value).startswith(message)
+
+
+def test_of_every_option_it_is_known_in_which_roles_it_has_an_effect():
+    everywhere = {"model", "host", "max_model_len", "drain_timeout", "log_requests", "role", "router", "end_with_stdin"}
+    named = [name for group in GROUPS for name in group.names.split()]
+    options = {option.name for option in typer.main.get_command(app).commands["serve"].params}
+    assert len(named) == len(set(named)) and set(named) | everywhere == options - {"help"}
+
+
+def test_the_command_says_which_option_it_was():
+    result = CliRunner().invoke(app, ["serve", "--role", "router", "--fleet-token", "s", "--mesh", "1x2"])
+    assert "--mesh has no effect with --role router" in str(result.exception)
