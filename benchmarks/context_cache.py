@@ -7,24 +7,20 @@ that does not come from there. In turns, medians; beside an engine without conte
 
 import gc
 import random
-import shutil
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
-from redis import Redis
-from redis.exceptions import RedisError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import stores
 from jaxserve.bench.models import MODELS, Subject
 from jaxserve.bench.models import random as random_model
 from jaxserve.compilation import enable_cache
@@ -40,7 +36,6 @@ from jaxserve.tiers.store import StoreConfig, open_store
 ONE = SamplingParams(temperature=0, max_tokens=1)
 NOTHING = Limits(1)
 """For a memory tier that keeps nothing, so that what is found comes from behind it."""
-SERVERS = "valkey-server", "redis-server"
 WAIT = 600.0
 
 
@@ -97,37 +92,6 @@ def ask(engine: Engine, connector: Connector | None, prompts: Prompts, share: fl
     return Asked(seconds, sum(map(len, together)) / whole, known)
 
 
-@contextmanager
-def shared_server() -> Iterator[str | None]:
-    """The URL of a server in memory, if there is a program for one."""
-    program = next(filter(None, map(shutil.which, SERVERS)), None)
-    if program is None:
-        yield None
-        return
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"port": port, "bind": "127.0.0.1", "save": "", "dir": folder, "loglevel": "warning"}
-        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        server = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL)
-        try:
-            _until_ready(port)
-            yield f"redis://127.0.0.1:{port}"
-        finally:
-            server.kill()
-            server.wait()
-
-
-def _until_ready(port: int) -> None:
-    for _ in range(100):
-        try:
-            Redis(port=port).ping()
-            return
-        except RedisError:
-            time.sleep(0.1)
-    raise SystemExit("the server of the shared tier does not answer")
-
-
 def tiers(folder: Path, url: str | None) -> dict[str, StoreConfig]:
     """Stores in each of which one tier answers."""
     found = {
@@ -155,33 +119,33 @@ def main(
     prompts = Prompts(subject.cfg.vocab_size, tokens, count, options.page_size)
     shares, found = (0.0, 0.5, 0.9), dict[tuple[str, float], list[Asked]]()
     with ExitStack() as stack:
-        folder, url = Path(stack.enter_context(tempfile.TemporaryDirectory())), stack.enter_context(shared_server())
-        configs = tiers(folder / "pages", url)
+        folder, server = Path(stack.enter_context(tempfile.TemporaryDirectory())), stack.enter_context(stores.server())
+        configs = tiers(folder / "pages", server and server.url)
         connector = make_connector(subject.model, subject.cfg, options, StoreConfig(memory=NOTHING))
         assert connector is not None and connector.store is not None
         stack.callback(connector.close)
         plain, engine = make(subject, options, None), make(subject, options, connector)
         connector.store.close()
-        stores = {name: open_store(config) for name, config in configs.items()}
+        opened = {name: open_store(config) for name, config in configs.items()}
         cases = [("none", 0.0), *((name, share) for name in configs for share in shares)]
-        for name in stores:  # each is given what is known
-            connector.store = stores[name]
+        for name in opened:  # each is given what is known
+            connector.store = opened[name]
             engine.reset_prefix_cache()
             first_tokens(engine, prompts.known)
             connector.flush()
             connector.store.flush(WAIT)
         first_tokens(plain, prompts.known)
         for name, share in track(cases * turns, "asking", console=Console(stderr=True)):
-            connector.store = stores.get(name, connector.store)
+            connector.store = opened.get(name, connector.store)
             subjects = (plain, None) if name == "none" else (engine, connector)
             found.setdefault((name, share), []).append(ask(*subjects, prompts, share))
             gc.collect()
-        for store in stores.values():
+        for store in opened.values():
             if store is not connector.store:
                 store.close()
     Console().print(as_table(found, tokens, turns, count))
-    if url is None:
-        Console(stderr=True).print(f"shared: none of {', '.join(SERVERS)} is installed")
+    if server is None:
+        Console(stderr=True).print(f"shared: none of {', '.join(stores.PROGRAMS)} is installed")
 
 
 def as_table(found: dict[tuple[str, float], list[Asked]], tokens: int, turns: int, count: int) -> Table:

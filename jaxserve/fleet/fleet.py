@@ -248,6 +248,9 @@ class Fleet:
             case Gone():
                 for job in [job for job, its in self._tasks.values() if its is instance]:
                     self._again(job, f"{name} was lost: {event.reason}", avoid=name)
+                for job in [job for job, _ in self._tasks.values() if job.lent and job.lent[0] == name]:
+                    self._recall(job)  # where it is it would wait for its pages until the link's patience is over
+                    self._again(job, f"{name}, which had its pages, was lost: {event.reason}", avoid=name)
 
     def _job(self, task: str, instance: Instance) -> Job | None:
         """The job of a task, if it is still that instance's."""

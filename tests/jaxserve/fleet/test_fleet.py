@@ -302,6 +302,21 @@ def test_an_instance_that_has_come_back_is_not_in_doubt():
     assert not stage.fleet._missed
 
 
+def test_nobody_waits_for_pages_that_lie_at_an_instance_that_is_lost():
+    stage = Stage()
+    prefill, decode = stage.pair()
+    other = stage.join("P2", "prefill")
+    stage.fleet.add(asked("x", (5, 7), seed=3))
+    prefill.work()
+    stage.step()
+    assert len(decode.tasks) == 1
+    prefill.die()
+    stage.step()
+    assert not decode.tasks and len(other.tasks) == 1
+    stage.run()
+    assert stage.tokens("x") == said((5, 7), 3, 4) and stage.fleet.tally.retries == 1
+
+
 def test_text_that_was_held_back_when_a_step_failed_is_not_told_twice():
     stage = Stage()
     _, decode = stage.pair()
