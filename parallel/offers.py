@@ -14,7 +14,6 @@ class Offer:
     """Arrays that wait to be taken."""
 
     arrays: Sequence[Any]  # of the host or of a device
-    rows: int | None  # the first so many of each; None: all
     deadline: float  # of the clock
     nbytes: int  # in memory
     claimed: bool = False  # somebody takes it just now
@@ -38,7 +37,7 @@ class Offers:
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
-    def add(self, name: str, arrays: Sequence[Any], rows: int | None, seconds: float) -> bool:
+    def add(self, name: str, arrays: Sequence[Any], seconds: float) -> bool:
         """Whether there is room; if not, nothing is kept.
 
         Raises TransferError, `refused`, if there never will be, or there is one of that name.
@@ -52,7 +51,7 @@ class Offers:
                 raise TransferError(f"{name} is offered already", "refused")
             if self.nbytes + nbytes > self.limit:
                 return False
-            self._held[name] = Offer(arrays, rows, self._clock() + seconds, nbytes)
+            self._held[name] = Offer(arrays, self._clock() + seconds, nbytes)
             self.nbytes += nbytes
             return True
 

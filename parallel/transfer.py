@@ -60,13 +60,13 @@ class Sender:
         self._gate = Gate(host, port, token, patience, self._serve, "transfer link", self.offers.expire)
         self.address = self._gate.address
 
-    def offer(self, name: str, tree: Any, *, rows: int | None = None, seconds: float = 60.0) -> bool:
+    def offer(self, name: str, tree: Any, *, seconds: float = 60.0) -> bool:
         """Whether there is room for a tree of arrays; if so, it is held until it is taken, or for so many seconds.
 
-        Of each array the first `rows` are given, by default all. Arrays of a device are read when they are asked for,
-        so they need not be there yet; none may be donated meanwhile. Raises TransferError, `refused`, if it never fits.
+        Arrays of a device are read when they are asked for, so they need not be there yet; none may be donated
+        meanwhile. Raises TransferError, `refused`, if it never fits.
         """
-        return self.offers.add(name, jax.tree.leaves(tree), rows, seconds)
+        return self.offers.add(name, jax.tree.leaves(tree), seconds)
 
     def withdraw(self, name: str) -> None:
         """Nobody will get it any more; fine if it is not offered."""
@@ -161,8 +161,7 @@ class Giver(End):
         offer = self._offers.claim(name)
         try:
             arrays = [np.asarray(array) for array in offer.arrays]
-            arrays = arrays if offer.rows is None else [array[: offer.rows] for array in arrays]
-        except (RuntimeError, IndexError) as error:  # the program that was to make them has failed, or they are donated
+        except RuntimeError as error:  # the program that was to make them has failed, or they are donated
             self._offers.remove(name)
             raise TransferError(f"{name} is lost: {error}", "gone") from error
         if (found := [_described(array) for array in arrays]) != wanted:

@@ -18,18 +18,18 @@ def arrays(nbytes: int) -> list[np.ndarray]:
 
 def test_there_is_room_for_so_many_bytes_and_what_was_taken_makes_more():
     offers = Offers(100)
-    assert offers.add("a", arrays(60), None, 9.0) and offers.add("b", arrays(40), None, 9.0)
-    assert not offers.add("c", arrays(1), None, 9.0)
+    assert offers.add("a", arrays(60), 9.0) and offers.add("b", arrays(40), 9.0)
+    assert not offers.add("c", arrays(1), 9.0)
     assert (len(offers), offers.nbytes) == (2, 100) and "a" in offers and "c" not in offers
     offers.claim("a")
     offers.remove("a")
-    assert offers.add("c", arrays(60), None, 9.0)
+    assert offers.add("c", arrays(60), 9.0)
 
 
 def test_what_is_too_old_is_thrown_away_and_counted_but_not_while_it_is_being_taken():
     offers = Offers(100, clock := Clock())
     for name, seconds in {"a": 1.0, "b": 1.0, "c": 5.0}.items():
-        offers.add(name, arrays(10), None, seconds)
+        offers.add(name, arrays(10), seconds)
     offers.claim("a")
     clock.now = 2
     offers.expire()
@@ -44,8 +44,8 @@ def test_what_is_too_old_is_thrown_away_and_counted_but_not_while_it_is_being_ta
 
 def test_an_offer_is_taken_by_one_at_a_time():
     offers = Offers(100)
-    offers.add("a", arrays(10), 3, 9.0)
-    assert offers.claim("a").rows == 3
+    offers.add("a", arrays(10), 9.0)
+    offers.claim("a")
     with pytest.raises(TransferError, match="taken by another"):
         offers.claim("a")
     offers.put_back("a")
@@ -55,15 +55,15 @@ def test_an_offer_is_taken_by_one_at_a_time():
 def test_what_never_fits_and_a_name_that_is_there_are_refused():
     offers = Offers(100)
     with pytest.raises(TransferError, match="a has 101 bytes, all offers may have 100: raise that"):
-        offers.add("a", arrays(101), None, 9.0)
-    offers.add("a", arrays(1), None, 9.0)
+        offers.add("a", arrays(101), 9.0)
+    offers.add("a", arrays(1), 9.0)
     with pytest.raises(TransferError, match="a is offered already"):
-        offers.add("a", arrays(1), None, 9.0)
+        offers.add("a", arrays(1), 9.0)
 
 
 def test_after_all_is_cleared_nothing_is_held():
     offers = Offers(100)
-    offers.add("a", arrays(10), None, 9.0)
+    offers.add("a", arrays(10), 9.0)
     offers.clear()
     offers.remove("a")
     offers.put_back("a")

@@ -128,7 +128,7 @@ def test_pages_come_from_a_mesh_to_another_as_they_are(opened, kind, source_rank
     for to in range(target.count):
         rank = serving_rank(to, prefill_tp=source.count, decode_dp=target.count)
         link = make_receiver(opened, sender.address, f"rank {to}")
-        assert sender.offer(f"for {to}", taken[rank], rows=3)
+        assert sender.offer(f"for {to}", jax.tree.map(lambda pages: pages[:3], taken[rank]))
         like = jax.tree.map(lambda pages: jax.ShapeDtypeStruct((3, *pages.shape[1:]), pages.dtype), ours)
         pages = link.pull(f"for {to}", like, SECONDS).result(SECONDS)
         cache = inside.scatter(cache, {to: [to, 5, 4]}, {to: pages})
