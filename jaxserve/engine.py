@@ -35,7 +35,7 @@ from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.moves import MOVES, move
 from jaxserve.parallel.processes import Processes
 from jaxserve.parallel.ranks import Ranks
-from jaxserve.porter import Porter
+from jaxserve.porter import FILLED, Porter
 from jaxserve.programs import Programs, Progress, Shapes
 from jaxserve.ranked import Ranked
 from jaxserve.reading import Reading, Row
@@ -305,7 +305,7 @@ class Engine:
         outputs, self._said = self._said, []
         if not self.busy:
             self._ongoing = None  # nobody wants to know
-        if not (ongoing or self._ongoing or outputs):
+        if not (ongoing or self._ongoing or outputs or any(plan.fills for plan in plans)):
             self._porter.rest()
         self._count(*clock, idle_since=(self._came if ongoing else clock[0]) if idle else clock[1])
         return outputs
@@ -327,6 +327,7 @@ class Engine:
             queued=o.max_num_queued,
             share=o.enable_prefix_caching,
             aligned=self._devices.mesh is not None,
+            filled=FILLED,
         )
 
     # Launching a step: nothing is waited for.

@@ -1,7 +1,7 @@
 """Carries pages between an engine's cache and its connector; without a connector there is nothing to carry."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,10 +17,19 @@ from jaxserve.tiers.counters import TierCounters
 
 COPIED = 16
 """Pages that are copied at once, out of the cache or into it."""
+FILLED = 2 * COPIED
+"""Pages of each rank that are copied into the cache before a step at most, so that no step waits long for them."""
 AHEAD = 4
 """Requests that wait for a slot, and whose pages are fetched from the store meanwhile."""
 IDLE = 0.01
 """Seconds to wait for pages when there is nothing to compute."""
+
+
+class Block(NamedTuple):
+    """Pages that are copied into the cache at once."""
+
+    ids: list[int]
+    pages: Any  # a tree of arrays `[len(ids), b, …]`
 
 
 class Porter:
@@ -102,12 +111,13 @@ class Porter:
 
     def fill(self, cache: Any, fills: Iterable[Fill]) -> Any:
         """The cache with pages that have come. DONATES it."""
-        for s, pages, content, begin in fills:
-            rank = self._first_rank + s.rank
-            for at in range(0, len(pages), COPIED):
-                some = pages[at : at + COPIED]
-                part = jax.tree.map(lambda all, a=begin + at, b=begin + at + len(some): all[a:b], content)  # noqa: B008
-                cache = self._copier.scatter(cache, {rank: some}, {rank: part})
+        blocks: dict[int, list[Block]] = {}
+        for fill in fills:
+            blocks.setdefault(self._first_rank + fill.sequence.rank, []).extend(_blocks(fill))
+        for number in range(max(map(len, blocks.values()), default=0)):
+            some = {rank: each[number] for rank, each in blocks.items() if number < len(each)}
+            ids = {rank: block.ids for rank, block in some.items()}
+            cache = self._copier.scatter(cache, ids, {rank: block.pages for rank, block in some.items()})
         return cache
 
     # Pages that leave.
@@ -159,3 +169,10 @@ class Porter:
         """Waits a little, for a step that has nothing to compute."""
         if self._connector:
             self._connector.wait(IDLE)
+
+
+def _blocks(fill: Fill) -> Iterator[Block]:
+    """What is to be filled in, cut as it is copied."""
+    for at in range(0, len(fill.pages), COPIED):
+        ids, begin = fill.pages[at : at + COPIED], fill.begin + at
+        yield Block(ids, jax.tree.map(lambda pages, a=begin, b=begin + len(ids): pages[a:b], fill.content))  # noqa: B008

@@ -37,7 +37,7 @@ class Sequence:
     root: Key = ROOT  # of its pages
     keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
     coming: Arrival | None = None  # pages from elsewhere; it can't start before they are there
-    brought: Brought | None = None  # those that have come, until it starts
+    brought: Brought | None = None  # those that have come, until all that it needs of them are in its pages
     kept: int = 0  # pages that were kept elsewhere, or need not be
 
     # What it holds while it runs; a preempted sequence starts again from nothing.
@@ -117,6 +117,7 @@ class Limits(NamedTuple):
     queued: int | None = None  # sequences that wait
     share: bool = True  # what was computed for one sequence serves others that begin alike
     aligned: bool = False  # chunks begin at multiples of a tile, so hits end there
+    filled: int = sys.maxsize  # pages from elsewhere that a step has filled in at most
 
 
 class Room(NamedTuple):
@@ -208,7 +209,7 @@ class Scheduler:
         tile = self.limits.tile
         return Room(
             sum(-(-(len(s.tokens) - s.computed) // tile) for s in behind),
-            sum((s.computed if s.slot is not None else len(s.tokens)) // tile for s in behind),
+            sum((len(s.tokens) if s.slot is None or s.brought else s.computed) // tile for s in behind),
         )
 
     def landed(self, sequence: Sequence, rounds: int | None) -> None:
@@ -312,18 +313,25 @@ class Scheduler:
                 return
 
     def _behind(self) -> Iterator[Sequence]:
-        """Sequences with tokens to compute: those that run, then those that wait, as long as there is room."""
+        """Sequences with tokens to compute: those that run, then those that wait, as long as there is room.
+
+        One whose pages are being filled in comes when all of them are.
+        """
         for s in list(self.running):
-            if s.slot is not None and not s.caught_up:
+            if s.slot is not None and not s.caught_up and self._fill(s):
                 yield s
         while self._waiting and self._slots and self._start(self._waiting[0]):
-            yield heapq.heappop(self._waiting)
+            if self._fill(s := heapq.heappop(self._waiting)):
+                yield s
 
     def _start(self, s: Sequence) -> bool:
         """Gives the first that waits a slot and the pages that are computed already, if the others fit too.
 
-        So it preempts nobody: that could be one whose chunk is in the plan by now.
+        So it preempts nobody: that could be one whose chunk is in the plan by now. Of those to whom pages have come one
+        starts after another is through, for they may begin alike.
         """
+        if s.brought and (not self._fillable or any(other.brought for other in self.running)):
+            return False
         s.keys = self.pool.keys(s.tokens, s.keys, s.root) if self.limits.share else []
         usable = s.keys[: (len(s.tokens) - 1) // self.pool.page_size]
         found = [] if s.whole else self.pool.find(s.tokens, usable, s.root)
@@ -335,7 +343,6 @@ class Scheduler:
             return False
         s.slot, s.pages, s.published = self._slots.pop(), found, len(found)
         s.computed = len(found) * self.pool.page_size
-        self._fill(s)
         if not s.epoch:
             s.hit = s.computed
             self.queried += len(s.tokens)
@@ -344,20 +351,32 @@ class Scheduler:
         self.running.sort()
         return True
 
-    def _fill(self, s: Sequence) -> None:
-        """Has what has come from elsewhere filled in after the pages that were found; there is room for all."""
-        given, s.brought = s.brought, None
-        if given is None or given.first > (found := len(s.pages)):
-            return
-        computed = min(given.tokens, len(s.tokens) - 1)
-        computed -= computed % self.limits.tile if self.limits.aligned else 0
-        pages = self.pool.allocate(max(0, -(-computed // self.pool.page_size) - found))
-        if not pages:
-            return
-        s.pages = s.pages + pages
-        s.computed = computed
-        self._fills.append(Fill(s, pages, given.pages, found - given.first))
+    def _fill(self, s: Sequence) -> bool:
+        """Has the next of the pages that have come filled in before the step; whether none are left.
+
+        They count as computed then: others find them, and so does the sequence itself if it is preempted meanwhile.
+        """
+        if s.brought is None:
+            return True
+        given, size = s.brought, self.pool.page_size
+        first, end = s.computed // size, min(given.tokens, len(s.tokens) - 1)
+        end -= end % self.limits.tile if self.limits.aligned else 0
+        if given.first > first or end <= s.computed:
+            s.brought = None
+            return True
+        until = min(end, (first + self._fillable) * size)
+        if not self._fillable or not self._reserve(s, until):
+            return False
+        self._fills.append(Fill(s, s.pages[first : -(-until // size)], given.pages, first - given.first))
+        self.hit += max(0, until - s.hit)
+        s.computed, s.hit, s.brought = until, max(until, s.hit), None if until == end else given
         self._publish(s)
+        return s.brought is None
+
+    @property
+    def _fillable(self) -> int:
+        """Pages that can still be filled in before the step that is planned."""
+        return self.limits.filled - sum(len(fill.pages) for fill in self._fills)
 
     def _publish(self, s: Sequence) -> None:
         """Lets others find the pages that are full, and settled by tokens that are known."""

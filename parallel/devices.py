@@ -1,6 +1,6 @@
 """Between the host and the devices: what a step is given, and what it gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,17 @@ class Devices:
         """The first axis of each array over the ranks of this process."""
         return self._send(tree, self._split)
 
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Arrays whose first axis is over the ranks, of a part for each rank of this process.
+
+        A part goes to its rank's device alone, if it isn't there.
+        """
+        if not isinstance(self.mesh, Mesh):
+            return self.split(parts[0])
+        own = self.mesh.devices.flat[self.here.start : self.here.stop]
+        placed = [jax.device_put(part, device) for part, device in zip(parts, own, strict=True)]
+        return jax.tree.map(lambda *arrays: self._joined(arrays), *placed)
+
     def same(self, tree: Any) -> Any:
         """All of it on each rank; every process must say the same."""
         return self._send(tree, self._same)
@@ -60,6 +71,10 @@ class Devices:
         for copy in self._copies if self.shared else ():
             tree = copy(tree)
         return jax.device_get(tree)
+
+    def _joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        shape = (self.count * arrays[0].shape[0], *arrays[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self._split, arrays)
 
     def _send(self, tree: Any, sharding: NamedSharding | None) -> Any:
         if isinstance(self.mesh, AbstractMesh):

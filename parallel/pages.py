@@ -4,7 +4,7 @@ A cache is a tree of arrays `[p, b, …]`. On a mesh each rank has pages of its 
 one after another along the first axis, split over them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,24 +47,25 @@ class PageCopier:
             gather, scatter = over(gather, (split, split)), over(scatter, (split, split, split))
         self.count, self._devices = count, devices
         self._gather, self._scatter = jax.jit(gather), jax.jit(scatter, donate_argnums=0)
+        self._nothing: dict[int, Any] = {}  # for each rank of this process pages of zeros, there
 
     def gather(self, cache: Any, ids: Mapping[int, Sequence[int]]) -> dict[int, Any]:
         """Pages by rank, `[count, b, …]` on its device, of which those without a number are zeros.
 
         Nothing is waited for, and the cache can be donated to a step as soon as this has returned.
         """
-        taken = self._gather(cache, self._numbers(ids))
-        return {rank: jax.tree.map(lambda pages, rank=rank: self._part(pages, rank), taken) for rank in ids}
+        return self._by_rank(self._gather(cache, self._numbers(ids)), ids)
 
     def scatter(self, cache: Any, ids: Mapping[int, Sequence[int]], pages: Mapping[int, Any]) -> Any:
-        """The cache with pages by rank, `[len(ids[rank]), b, …]` on the host. Donates the cache."""
+        """The cache with pages by rank, `[len(ids[rank]), b, …]` on the host. Donates the cache.
+
+        A rank is sent its own pages, as they lie there; only fewer than `count` are copied before, to fill them up.
+        """
         numbers = self._numbers(ids)
-        host = jax.tree.map(lambda into: np.zeros((self._rows, *into.shape[1:]), into.dtype), cache)
-        for rank, tree in pages.items():
-            first, count = self._first(rank), len(ids[rank])
-            for rows, given in zip(jax.tree.leaves(host), jax.tree.leaves(tree), strict=True):
-                rows[first : first + count] = given
-        return self._scatter(cache, self._devices.split(host), numbers)
+        self._nothing = self._nothing or self._make_nothing(cache)
+        whole = {rank: jax.tree.map(self._filled_up, tree) for rank, tree in pages.items()}
+        parts = [whole.get(rank, nothing) for rank, nothing in self._nothing.items()]
+        return self._scatter(cache, self._devices.join(parts), numbers)
 
     @property
     def _rows(self) -> int:
@@ -82,6 +83,18 @@ class PageCopier:
                 raise ShardingError(f"{len(each)} pages of rank {rank} at once; this copies {self.count}: raise that")
             numbers[self._first(rank) : self._first(rank) + len(each)] = each
         return self._devices.split(numbers)
+
+    def _make_nothing(self, cache: Any) -> dict[int, Any]:
+        zeros = jax.tree.map(lambda into: np.zeros((self.count, *into.shape[1:]), into.dtype), cache)
+        return self._by_rank(self._devices.join([zeros] * len(self._devices.here)), self._devices.here)
+
+    def _filled_up(self, pages: np.ndarray) -> np.ndarray:
+        if len(pages) == self.count:
+            return pages
+        return np.concatenate([pages, np.zeros((self.count - len(pages), *pages.shape[1:]), pages.dtype)])
+
+    def _by_rank(self, tree: Any, ranks: Iterable[int]) -> dict[int, Any]:
+        return {rank: jax.tree.map(lambda pages, rank=rank: self._part(pages, rank), tree) for rank in ranks}
 
     def _part(self, pages: jax.Array, rank: int) -> jax.Array:
         if self._devices.mesh is None:

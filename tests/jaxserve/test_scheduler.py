@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.arrivals import Brought
 from jaxserve.pages import ROOT, Content, PagePool
 from jaxserve.request import Request, SamplingParams
-from jaxserve.scheduler import Chunk, Limits, Plan, Room, Scheduler, Sequence
+from jaxserve.scheduler import Chunk, Fill, Limits, Plan, Room, Scheduler, Sequence
 
 STORIES = [[random.Random(f"{i} {place}").randrange(4) for place in range(100)] for i in range(3)]
 """What is said at each place. Answers go on with a story, which other prompts begin with, as if they had read them."""
@@ -32,6 +33,8 @@ class Wish(NamedTuple):
     priority: int = 0
     by_host: bool = False
     whole: bool = False
+    brought: int = 0  # tokens of the prompt, at most, whose pages have come from elsewhere
+    before: int = 0  # pages before those
 
 
 @dataclass
@@ -71,6 +74,8 @@ class Device:
         """`ends` are the lengths at which the device ends a sequence by itself."""
         self.ends, self.users = ends, Counter(p for s in self.scheduler.running for p in s.pages)
         self.writers: dict[int, Sequence] = {}
+        for fill in plan.fills:
+            self.fill(fill)
         for chunk in plan.chunks:  # layer by layer all are written before any is read
             s = chunk.sequence
             if chunk.first:
@@ -118,6 +123,13 @@ class Device:
         for ahead in range(place, place + self.drafts - 1):
             if not row.over and ahead + 1 < limit:
                 self.write(row, ahead, right=False)
+
+    def fill(self, fill: Fill) -> None:
+        for page, content in zip(fill.pages, fill.content[fill.begin :], strict=False):
+            now = self.pool._contents.get(page)
+            assert now is None or now is not self.published.get(page), f"page {page} is filled, and was published"
+            assert self.writers.setdefault(page, fill.sequence) is fill.sequence, f"page {page} is written by two"
+            self.memory[page] = list(content)
 
     def write(self, row: Row, place: int, right: bool) -> None:
         index, offset = divmod(place, self.pool.page_size)
@@ -185,10 +197,21 @@ class Play:
                 whole=wish.whole and index == 0,
             )  # fmt: skip
             self.arrivals += 1
+            s.brought = self.brought(wish)
             self.open[s] = wish
             self.scheduler.add(s)
             news.append(s)
         return news
+
+    def brought(self, wish: Wish) -> Brought | None:
+        """Pages with what a device would have written into them."""
+        pool, count = self.scheduler.pool, min(wish.brought, len(wish.prompt))
+        if not count or wish.whole:
+            return None
+        entries = [wish.prompt[: place + 1 + pool.lookahead] for place in range(count)]
+        entries += [None] * (-count % pool.page_size)
+        pages = [entries[at : at + pool.page_size] for at in range(0, len(entries), pool.page_size)]
+        return Brought(wish.before, count, pages[wish.before :]) if wish.before < len(pages) else None
 
     def abort(self, sequences: Iterable[Sequence]) -> None:
         for s in sequences:
@@ -256,6 +279,9 @@ def check_plan(plan: Plan, scheduler: Scheduler, unread: set[tuple[Sequence, int
     assert all(len(s.tokens) + s.least - plan.rounds < s.limit for s in plan.rows), "a row can add nothing"
     assert not any(s.by_host and (s, s.epoch) in unread for s in planned)
     assert not any(chunk.sequence.whole and chunk.first and chunk.start for chunk in plan.chunks)
+    assert sum(len(fill.pages) for fill in plan.fills) <= limits.filled
+    assert all(fill.sequence in scheduler.running for fill in plan.fills)
+    assert not any(s.brought for s in planned), "it is launched, and not all of its pages are in"
 
 
 def check_order(plan: Plan, scheduler: Scheduler, before: dict[Sequence, int]) -> None:
@@ -263,7 +289,7 @@ def check_order(plan: Plan, scheduler: Scheduler, before: dict[Sequence, int]) -
     preempted = {s for s, epoch in before.items() if s.epoch != epoch}
     assert preempted == set(sorted(before, key=turn)[len(before) - len(preempted) :])
     started = {s for s in scheduler.running if s not in before or s in preempted}
-    assert started == {chunk.sequence for chunk in plan.chunks if chunk.sequence in started}
+    assert started == {piece.sequence for piece in (*plan.chunks, *plan.fills) if piece.sequence in started}
     assert all(turn(s) < turn(other) for s in started for other in scheduler._waiting)
 
 
@@ -274,9 +300,9 @@ def turn(s: Sequence) -> tuple[int, int]:
 def check_progress(plan: Plan, scheduler: Scheduler) -> None:
     """The first advances in any case; if others are behind, one has a chunk, unless slots or pages are too few."""
     first = scheduler.running[0] if scheduler.running else None
-    assert first is None or first.least or first in [chunk.sequence for chunk in plan.chunks]
+    assert first is None or first.least or first in [piece.sequence for piece in (*plan.chunks, *plan.fills)]
     assert scheduler.running or not scheduler.num_waiting
-    if not plan.chunks:
+    if not plan.chunks and not plan.fills:
         head = [min(scheduler._waiting, key=turn)] if scheduler._waiting and scheduler._slots else []
         for s in [*(s for s in scheduler.running if not s.caught_up), *head][:1]:
             most = min(len(s.tokens) + 2 * scheduler.limits.drafts, s.limit - 1)
@@ -314,6 +340,8 @@ def wishes(draw) -> Wish:
         priority=draw(st.integers(0, 2)),
         by_host=draw(st.sampled_from([False, False, False, True])),
         whole=draw(st.sampled_from([False, False, False, True])),
+        brought=draw(st.sampled_from([0, 0, 1]) | st.integers(0, 50)),
+        before=draw(st.sampled_from([0, 0, 0, 1, 3])),
     )
 
 
@@ -326,15 +354,17 @@ def wishes(draw) -> Wish:
     drafts=st.integers(0, 2),
     page_size=st.integers(1, 4),
     spare=st.integers(0, 10),
+    filled=st.integers(1, 6),
     share=st.sampled_from([True, True, True, False]),
     seed=st.integers(0, 2**16),
 )
-def test_any_trace_is_served(asked, slots, tile, tiles, drafts, page_size, spare, share, seed):
+def test_any_trace_is_served(asked, slots, tile, tiles, drafts, page_size, spare, filled, share, seed):
     longest = max(-(-(len(wish.prompt) + wish.limit) // page_size) for wish in asked)
     noise = random.Random(seed)
     play = Play(
-        longest + spare, page_size, noise, slots=slots, tile=tile, tokens=tile * tiles, drafts=drafts, share=share
-    )
+        longest + spare, page_size, noise, slots=slots, tile=tile, tokens=tile * tiles, drafts=drafts, share=share,
+        filled=filled,
+    )  # fmt: skip
     added: dict[int, list[Sequence]] = {}
     last, aborted = max(wish.at for wish in asked), set()
     work = sum(wish.n * (len(wish.prompt) + wish.limit + 3) for wish in asked)
@@ -376,6 +406,38 @@ def test_a_long_prompt_is_cut_into_chunks_while_rows_go_on():
     plans = [play.step() for _ in range(4)]
     assert [chunks(plan) for plan in plans] == [[(0, 4)], [(4, 8)], [(8, 12)], [(12, 14)]]
     assert all(plan.rows == (quick,) for plan in plans)
+
+
+def test_pages_that_have_come_are_filled_in_over_several_steps_while_rows_go_on():
+    play = Play(pages=40, tokens=8, tile=4, filled=2)
+    (quick,) = play.add(Wish((1, 2), answer=20, limit=20))
+    play.step()
+    (s,) = play.add(Wish(tuple(STORIES[0][:14]), brought=14))
+    plans = [play.step() for _ in range(4)]
+    assert [[len(fill.pages) for fill in plan.fills] for plan in plans] == [[2], [2], [2], [1]]
+    assert [chunks(plan) for plan in plans] == [[], [], [], [(13, 14)]]
+    assert all(plan.rows == (quick,) for plan in plans)
+    assert (s.hit, s.brought) == (13, None)
+
+
+def test_several_answers_to_a_prompt_share_the_pages_that_have_come_for_each():
+    play = Play(pages=40, filled=2)
+    play.add(Wish(tuple(STORIES[0][:14]), n=3, answer=8, brought=14))
+    plans = [play.step() for _ in range(8)]
+    assert sum(len(fill.pages) for plan in plans for fill in plan.fills) == 6 + 3  # each has the last for itself
+    play.finish()
+
+
+def test_who_is_preempted_while_its_pages_are_filled_in_goes_on_with_the_others():
+    play = Play(pages=40, filled=2)
+    (s,) = play.add(Wish(tuple(STORIES[0][:14]), brought=14))
+    play.step()
+    play.step()
+    play.scheduler.preempt(s)
+    plans = [play.step() for _ in range(2)]
+    assert [[(fill.begin, len(fill.pages)) for fill in plan.fills] for plan in plans] == [[(4, 2)], [(6, 1)]]
+    play.finish()
+    assert (s.hit, play.scheduler.hit) == (13, 13)
 
 
 @pytest.mark.parametrize("length", [6, 7])
