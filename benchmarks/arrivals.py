@@ -8,7 +8,7 @@ the difference is what the pages cost.
 
 import time
 from contextlib import closing
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -29,7 +29,7 @@ from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.store import StoreConfig
 
 ANSWERS = 3
-SIZE = {"max_num_seqs": ANSWERS + 1, "max_num_batched_tokens": 128, "num_speculative_tokens": 0}
+SIZE: dict[str, Any] = {"max_num_seqs": ANSWERS + 1, "max_num_batched_tokens": 128, "num_speculative_tokens": 0}
 """Of the engine: a chunk of a token is filled up to eight, and takes little time besides."""
 STEPS = 12
 """Of the answers, before a prompt comes; and that are measured if none does."""

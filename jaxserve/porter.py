@@ -54,6 +54,16 @@ class Porter:
         return store.counters() if store else {}
 
     @property
+    def missed(self) -> int:
+        """Requests whose pages did not come from another engine."""
+        return self._connector.lost if self._connector else 0
+
+    @property
+    def dropped(self) -> int:
+        """Pages that did not get into the store, for too many were on their way to it."""
+        return self._connector.dropped if self._connector else 0
+
+    @property
     def busy(self) -> bool:
         """Whether something will still be said that no step says."""
         return self._connector is not None and self._connector.busy

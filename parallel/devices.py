@@ -73,6 +73,7 @@ class Devices:
         return jax.device_get(tree)
 
     def _joined(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        assert self._split is not None
         shape = (self.count * arrays[0].shape[0], *arrays[0].shape[1:])
         return jax.make_array_from_single_device_arrays(shape, self._split, arrays)
 

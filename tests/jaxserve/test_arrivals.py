@@ -5,9 +5,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxserve.engine import Engine
+from jaxserve.layout import PageLayout
 from jaxserve.request import Request, SamplingParams
 from jaxserve.scheduler import Fill
 from jaxserve.tiers.store import StoreConfig, open_store
@@ -76,6 +78,15 @@ def stage(request, monkeypatch) -> Iterator[Stage]:
         connector_of(engine).flush()
         forget(engine)
         yield Stage(engine, monkeypatch)
+
+
+def test_pages_are_unpacked_to_where_xla_takes_them_as_they_lie():
+    layout = PageLayout({"c": np.zeros((1, PAGE, 64), np.float32), "r": np.zeros((1, PAGE, 3), np.int8)})
+    given = {"c": np.random.default_rng(0).random((2, PAGE, 64), np.float32), "r": np.ones((2, PAGE, 3), np.int8)}
+    found = layout.unpack([layout.pack(given, index) for index in range(2)])
+    for name, array in given.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].ctypes.data % 64 == 0
 
 
 def alone(ranks: int, prompt: tuple[int, ...], params: SamplingParams) -> list[int]:

@@ -153,6 +153,12 @@ def test_experts_load_is_fetched_at_most_once_a_second(server, monkeypatch):
     assert all(later - earlier >= 1.0 for earlier, later in zip(calls, calls[1:], strict=False))
 
 
+def test_pages_that_did_not_come_or_were_not_kept_are_counted():
+    found = samples(Metrics(lambda: Counters(pages_missed=2, pages_dropped=5), "m").text().decode())
+    assert found["jaxserve:context_cache_missed_requests_total"] == 2
+    assert found["jaxserve:context_cache_dropped_pages_total"] == 5
+
+
 def test_tiers_of_the_context_cache_are_told_apart():
     tiers = {"memory": TierCounters(hits=3, read_bytes=300), "disk": TierCounters(hits=1, damaged=2)}
     found = samples(Metrics(lambda: Counters(tiers=tiers), "m").text().decode())
