@@ -30,7 +30,7 @@ lint: .venv/.dev  ## Check style and format with ruff
 check-types: .venv/.dev  ## Check types with pyright
 	@$(bin)/pyright
 
-pytest: .venv/.dev  ## Run the tests in WORKERS=2 processes (ARGS="-k pages" picks some)
+pytest: .venv/.dev  ## Run the tests in WORKERS=2 processes (ARGS="-m 'not slow'" picks some)
 	@$(bin)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 smoke: .venv/.dev  ## See whether what was made fast still is, by ratios within one run (a minute)
