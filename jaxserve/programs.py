@@ -42,19 +42,21 @@ class Shapes(NamedTuple):
         """For steps of at most so many prompt tokens and sequences.
 
         A step is up to 16 tiles, for chunks of many prompts, or one that is as long as all of them: attention of a
-        single long chunk costs less so. Rows go up by fours.
+        single long chunk costs less so. Where all but the last token of a prompt is known, as when another engine has
+        computed it, a tile is a token: it costs what a row does. Rows go up by fours.
         """
         width = -(-tokens // 16)
         most = tokens // width
-        packed = [Tiles(n, width) for n in (1, 4) if n < most] + [Tiles(most, width)]
+        single = [Tiles(n, 1) for n in (1, 4) if n < width]
+        packed = [Tiles(n, width) for n in (1, 2, 4) if n < most] + [Tiles(most, width)]
         long = [Tiles(1, tokens)] if tokens > width else []
         rows = [4**i for i in range(16) if 4**i < slots]
-        return cls((*packed, *long), (*rows, slots))
+        return cls((*single, *packed, *long), (*rows, slots))
 
     @property
     def tile(self) -> int:
-        """Tokens that a chunk is filled up to a multiple of."""
-        return self.prefill[0].width
+        """Tokens that a chunk of more than a few is filled up to a multiple of."""
+        return max(self.prefill, key=lambda tiles: tiles.number).width
 
     @classmethod
     def over(cls, ranks: int, tokens: int, slots: int, longest: int, parts: int = 1) -> "Shapes":

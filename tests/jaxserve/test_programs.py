@@ -48,11 +48,15 @@ def test_every_set_of_chunks_that_fills_a_step_fits(tokens):
 
 def test_shapes_are_few_and_a_lone_long_chunk_is_one_tile():
     shapes = Shapes.of(512, 8)
-    assert shapes == Shapes((Tiles(1, 32), Tiles(4, 32), Tiles(16, 32), Tiles(1, 512)), (1, 4, 8))
+    single, packed = (Tiles(1, 1), Tiles(4, 1)), (Tiles(1, 32), Tiles(2, 32), Tiles(4, 32), Tiles(16, 32))
+    assert shapes == Shapes((*single, *packed, Tiles(1, 512)), (1, 4, 8))
     assert shapes.for_chunks([512]) == shapes.for_chunks([200]) == Tiles(1, 512)
     assert shapes.for_chunks([200, 1]) == Tiles(16, 32)
     assert shapes.for_chunks([100]) == Tiles(4, 32)
-    assert shapes.for_chunks([32]) == Tiles(1, 32)
+    assert shapes.for_chunks([64]) == Tiles(2, 32)
+    assert shapes.for_chunks([32]) == shapes.for_chunks([5]) == Tiles(1, 32)
+    assert shapes.for_chunks([1, 1]) == Tiles(4, 1)
+    assert shapes.for_chunks([1]) == Tiles(1, 1)
 
 
 def test_the_smallest_step_and_a_single_slot_have_shapes():
