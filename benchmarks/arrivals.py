@@ -8,7 +8,7 @@ the difference is what the pages cost.
 
 import time
 from contextlib import closing
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -29,8 +29,6 @@ from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.store import StoreConfig
 
 ANSWERS = 3
-SIZE: dict[str, Any] = {"max_num_seqs": ANSWERS + 1, "max_num_batched_tokens": 128, "num_speculative_tokens": 0}
-"""Of the engine: a chunk of a token is filled up to eight, and takes little time besides."""
 STEPS = 12
 """Of the answers, before a prompt comes; and that are measured if none does."""
 
@@ -75,7 +73,7 @@ def main(
     enable_cache()
     longer = {"max_position_embeddings": tokens + 1023}
     subject = random_model("bench-1b", MODELS["bench-1b"] | longer, "int8", resolve_dtype("auto", {}))
-    options = EngineConfig(**SIZE, max_model_len=tokens + 1023)
+    options = EngineConfig(max_num_seqs=ANSWERS + 1, max_model_len=tokens + 1023, num_speculative_tokens=0)
     prompts = Prompts(subject.cfg.vocab_size, tokens, 1, options.page_size)
     connector = make_connector(subject.model, subject.cfg, options, StoreConfig(memory=Limits(8 << 30)))
     assert connector is not None
