@@ -83,7 +83,7 @@ class Connector:
         Raises OSError if it can't listen for them.
         """
         self.layout, self.store, self.version = layout, store, kind and kind.version
-        self.lost = self.dropped = 0  # requests whose pages did not come; pages that did not get into the store
+        self.dropped = 0  # pages that did not get into the store
         self._page_size, self._kind, self._peers = page_size, kind, peers
         self._sender = _sender(peers) if peers and exports else None
         self._links: dict[tuple[str, int], Receiver] = {}
@@ -233,7 +233,6 @@ class Connector:
                 return Brought(0, handover.tokens, self._link(handover).pull(handover.name, like, seconds).result())
             except TransferError as error:
                 if attempt == ATTEMPTS or error.kind not in AGAIN or self._closed:
-                    self.lost += 1
                     raise
                 time.sleep(LOOK)
         raise AssertionError

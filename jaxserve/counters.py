@@ -33,7 +33,7 @@ class Counters:
     read_seconds: float = 0.0  # from results to outputs
     exposed_seconds: float = 0.0  # of the host's time, how much the device had nothing to do in
     step_seconds: float = 0.0
-    pages_missed: int = 0  # requests to which another engine did not give the pages that it had for them
+    handovers_missed: int = 0  # requests to which another engine did not give the pages that it had for them
     pages_dropped: int = 0  # pages that did not get to the context cache: too many were on their way
     tiers: dict[str, TierCounters] = field(default_factory=dict)  # of the context cache, from the fastest
 

@@ -458,7 +458,7 @@ class Engine:
         c.preemptions, c.pages_used = sum(s.preemptions for s in ranks), sum(s.pool.used for s in ranks)
         c.prompt_tokens, c.cached_tokens = sum(s.queried for s in ranks), sum(s.hit for s in ranks)
         c.late_compiled, c.tiers = self._programs.late, self._porter.tiers
-        c.pages_missed, c.pages_dropped = self._porter.missed, self._porter.dropped
+        c.handovers_missed, c.pages_dropped = self._porter.missed, self._porter.dropped
 
 
 def _checksum(model: Model) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve import options as sizes
 from jaxserve.layers.config import Config
 from jaxserve.options import EngineConfig
 from jaxserve.tiers.keys import PageKind
@@ -21,6 +22,7 @@ class Identity(NamedTuple):
     dtype: str
     kv_cache_dtype: str
     page_size: int
+    guesses: bool  # whether pages have what guesses are made from
 
     @property
     def page_kind(self) -> PageKind:
@@ -33,7 +35,8 @@ class Identity(NamedTuple):
 def identify(cfg: Config, weights: str, dtype: Any, options: EngineConfig) -> Identity:
     """Of an engine by what it is made of; `dtype` is that of activations."""
     name = str(jnp.dtype(dtype))
-    return Identity(digest(cfg), cfg.mtp_layers, weights, name, options.kv_cache_dtype, options.page_size)
+    guesses = sizes.drafts(cfg, options) > 0
+    return Identity(digest(cfg), cfg.mtp_layers, weights, name, options.kv_cache_dtype, options.page_size, guesses)
 
 
 def digest(cfg: Config) -> str:

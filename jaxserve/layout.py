@@ -1,14 +1,12 @@
 """A page of the cache as bytes: of each array its part of the page, one after another."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-ALIGNED = 64
-"""Bytes at multiples of which XLA:CPU takes arrays as they lie; others it copies, which a step would wait for."""
+from jaxserve.parallel.devices import empty
 
 
 class PageLayout:
@@ -35,7 +33,7 @@ class PageLayout:
 
     def unpack(self, values: Sequence[memoryview]) -> Any:
         """Pages by their bytes, a tree of NumPy arrays `[k, b, …]`. A ValueError if one has another size."""
-        arrays = [_empty((len(values), *shape), dtype) for shape, dtype in self._parts]
+        arrays = [empty((len(values), *shape), dtype) for shape, dtype in self._parts]
         for index, value in enumerate(values):
             if len(value) != self.page_bytes:
                 raise ValueError(f"a page has {len(value)} bytes; here it has {self.page_bytes}")
@@ -44,11 +42,3 @@ class PageLayout:
                 array[index].reshape(-1).view(np.uint8)[:] = np.frombuffer(value[at : at + size], np.uint8)
                 at += size
         return self._tree.unflatten(arrays)
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of any content that begins at such a place in memory."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    room = np.empty(nbytes + ALIGNED, np.uint8)
-    begin = -room.ctypes.data % ALIGNED
-    return room[begin : begin + nbytes].view(dtype).reshape(shape)

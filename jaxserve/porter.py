@@ -41,6 +41,8 @@ class Porter:
             raise ShardingError("pages can't come from elsewhere, or go there, on a mesh that processes share")
         self._connector, self._page_size = connector, page_size
         self._copier, self._first_rank = PageCopier(devices, COPIED), devices.here.start
+        self.missed = 0
+        """Requests whose pages did not come from another engine."""
 
     @property
     def version(self) -> str | None:
@@ -52,11 +54,6 @@ class Porter:
         """What the tiers of the context cache count."""
         store = self._connector and self._connector.store
         return store.counters() if store else {}
-
-    @property
-    def missed(self) -> int:
-        """Requests whose pages did not come from another engine."""
-        return self._connector.lost if self._connector else 0
 
     @property
     def dropped(self) -> int:
@@ -117,6 +114,7 @@ class Porter:
                     s.brought, s.coming = s.coming.result(), None
                 except Exception as error:  # of whatever kind: the steps of others must go on
                     missed.append((s, str(error) if isinstance(error, TransferError) else repr(error)))
+                    self.missed += s.request.handover is not None
         return missed
 
     def fill(self, cache: Any, fills: Iterable[Fill]) -> Any:

@@ -32,7 +32,7 @@ class Sequence:
     by_host: bool = False  # the host decides which token may come next: it must have read all before
     whole: bool = False  # no part of the prompt may come from the cache: its scores are asked for
     rank: int = 0  # whose slots and pages it uses
-    hit: int = 0  # tokens of the prompt that were in the cache when it first started
+    hit: int = 0  # tokens of the prompt that it first found in the cache, or that came there from elsewhere
     queue_seconds: float = 0.0  # until then
     root: Key = ROOT  # of its pages
     keys: list[Key] = field(default_factory=list)  # of the pages that the known tokens fill
@@ -327,12 +327,13 @@ class Scheduler:
     def _start(self, s: Sequence) -> bool:
         """Gives the first that waits a slot and the pages that are computed already, if the others fit too.
 
-        So it preempts nobody: that could be one whose chunk is in the plan by now. Of those to whom pages have come one
-        starts after another is through, for they may begin alike.
+        So it preempts nobody: that could be one whose chunk is in the plan by now. Of those to whom pages have come and
+        that begin alike, one starts after another is through, and finds its pages.
         """
-        if s.brought and (not self._fillable or any(other.brought for other in self.running)):
-            return False
         s.keys = self.pool.keys(s.tokens, s.keys, s.root) if self.limits.share else []
+        alike = any(other.brought and other.keys[:1] == s.keys[:1] for other in self.running)
+        if s.brought and (alike or not self._fillable):
+            return False
         usable = s.keys[: (len(s.tokens) - 1) // self.pool.page_size]
         found = [] if s.whole else self.pool.find(s.tokens, usable, s.root)
         while self.limits.aligned and len(found) * self.pool.page_size % self.limits.tile:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxserve.parallel.devices import empty
 from jaxserve.parallel.errors import TransferError
 from jaxserve.parallel.frames import Frames
 
@@ -77,7 +78,7 @@ class Sockets:
         frames.send(kind, {"name": name}, body())
 
     def take(self, frames: Frames, words: dict[str, Any], specs: Sequence[Spec], deadline: float) -> list[np.ndarray]:
-        arrays = [np.empty(spec.shape, spec.dtype) for spec in specs]
+        arrays = [empty(spec.shape, spec.dtype) for spec in specs]
         damaged = sum([_fill(frames, array, deadline) for array in arrays])  # all are read: the next frame follows
         _check(words["name"], damaged)
         return arrays

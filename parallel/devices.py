@@ -1,5 +1,6 @@
 """Between the host and the devices: what a step is given, and what it gives."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.parallel.errors import ShardingError
 from jaxserve.parallel.mesh import AXES, AnyMesh
+
+ALIGNED = 64
+"""Bytes at multiples of which XLA:CPU takes arrays as they lie; others it copies, which a step would wait for."""
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array of the host, of any content, that a CPU device takes without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    room = np.empty(nbytes + ALIGNED, np.uint8)
+    begin = -room.ctypes.data % ALIGNED
+    return room[begin : begin + nbytes].view(dtype).reshape(shape)
 
 
 class Devices:

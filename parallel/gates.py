@@ -61,7 +61,7 @@ class Gate:
                     self._receive(Frames(connection, self._patience))
                 except TimeoutError:
                     continue
-                except OSError:  # no file is left for another connection, say, or it has ended already
+                except (OSError, RuntimeError):  # no file or thread is left for it, say, or it has ended already
                     self._closed.wait(TICK)
 
     def _receive(self, frames: Frames) -> None:

@@ -95,6 +95,8 @@ class Sender:
         except (TransferError, LookupError, TypeError):  # words of someone who speaks otherwise
             frames.close()
             return
+        if self._gate.closed:  # while it was let in
+            link.close()
         link.run()
 
     def _welcome(self, frames: Frames) -> "Giver":

@@ -190,6 +190,8 @@ def serve(
         raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
     if not all(key.isascii() for key in api_key or ()):
         raise RequestError("--api-key has characters beyond ASCII, which no header can hold; choose another key")
+    if any(map(str.isspace, "".join(api_key or ()))):
+        raise RequestError("--api-key has white space, which separates keys in JAXSERVE_API_KEY; choose another key")
     if host not in LOCAL and not api_key and role in (None, "router"):
         notes.print(f"warning: whoever can reach {host}:{port} can use the model; --api-key asks for a key")
     part = Part(

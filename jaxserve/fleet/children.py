@@ -95,7 +95,8 @@ class Children:
         An instance's command goes on with `--router` and the address that the router has told.
         """
         self._router = first = Child("router", router, self._environment, self._tell)
-        first.told.wait()
+        while not first.told.wait(LOOK) and not self._end.is_set():
+            pass
         if first.address is not None and not self._end.is_set():
             for name, command in instances.items():
                 given = [*command, "--router", first.address]

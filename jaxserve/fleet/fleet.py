@@ -200,7 +200,6 @@ class Fleet:
     def join(self, instance: Instance) -> None:
         """Adds an instance. Raises RequestError that names the field if it doesn't fit the others."""
         self._look_after()  # one that is lost may come back under its name
-        self._missed = {link: at for link, at in self._missed.items() if instance.about.name not in link}
         self.members.join(instance, lambda event: self._hear(instance, event))
         log.info("%s has joined, for %s", instance.about.name, instance.about.role)
 
@@ -246,11 +245,20 @@ class Fleet:
                 if job := self._job(event.task, instance):
                     self._end(job, f"{name} refuses it: {event.reason}")
             case Gone():
+                self._missed = {link: at for link, at in self._missed.items() if name not in link}
                 for job in [job for job, its in self._tasks.values() if its is instance]:
                     self._again(job, f"{name} was lost: {event.reason}", avoid=name)
-                for job in [job for job, _ in self._tasks.values() if job.lent and job.lent[0] == name]:
-                    self._recall(job)  # where it is it would wait for its pages until the link's patience is over
-                    self._again(job, f"{name}, which had its pages, was lost: {event.reason}", avoid=name)
+                if not instance.draining:  # who drains leaves when its pages are taken
+                    self._lose_pages(name, event.reason)
+
+    def _lose_pages(self, name: str, reason: str) -> None:
+        """Has jobs begin again whose pages lie at an instance that is lost: nobody is to wait for a link's patience."""
+        for job in [job for jobs in self._jobs.values() for job in jobs if job.lent and job.lent[0] == name]:
+            if job.stage == "waiting":
+                job.lent, job.handover, job.prefilled = None, None, False
+            else:
+                self._recall(job)
+                self._again(job, f"{name}, which had its pages, was lost: {reason}", avoid=name)
 
     def _job(self, task: str, instance: Instance) -> Job | None:
         """The job of a task, if it is still that instance's."""
@@ -303,8 +311,8 @@ class Fleet:
             job.target = self._choose_target(job, others, doubts, sources)
         if job.target is None:
             return False
-        far = {source for source, to in doubts if to == job.target}
-        where = choose_prefill(prefills, job.tokens, far | {job.avoid})
+        near = [load for load in prefills if (load.name, job.target) not in doubts]
+        where = choose_prefill(near, job.tokens, {job.avoid})
         stage, name = ("prefill", where) if where else ("decode", job.target)
         instance = self.members.get(name)
         if instance is None:

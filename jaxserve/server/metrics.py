@@ -198,9 +198,9 @@ class EngineCollector(Collector):
             "vllm:spec_decode_num_draft_tokens": ("Guesses of the MTP module.", c.wide_rows * len(c.accepted)),
             "vllm:spec_decode_num_accepted_tokens": ("Guesses of the MTP module that held.", sum(c.accepted)),
             "jaxserve:steps": ("Steps of the engine.", c.steps),
-            "jaxserve:context_cache_missed_requests": (
+            "jaxserve:handovers_missed": (
                 "Requests to which another engine did not give the pages that it had for them.",
-                c.pages_missed,
+                c.handovers_missed,
             ),
             "jaxserve:context_cache_dropped_pages": (
                 "Pages that no tier was given: too many were on their way off the device.",

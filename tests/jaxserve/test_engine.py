@@ -276,7 +276,7 @@ def test_a_warm_engine_compiles_nothing_more_and_tells_how_far_it_is(make_engine
     calls = []
     options = EngineConfig(**SIZE | {"warmup": True})
     engine = Engine(model, cfg, word_tokenizer(cfg.vocab_size), options, lambda *call: calls.append(call))
-    assert sorted(set(calls)) == [(i, 7) for i in range(8)]  # 4 shapes of prefill, 2 of decode, and `mark`
+    assert sorted(set(calls)) == [(i, 10) for i in range(11)]  # 7 shapes of prefill, 2 of decode, and `mark`
     serve(engine, PROMPTS, DRAWN)
     serve(engine, [PROMPTS[2]], greedy(3, logprobs=2, prompt_logprobs=2, logit_bias={5: 1.0}, presence_penalty=1.0))
     assert (engine.counters.compiled, engine.counters.late_compiled) == (7, 0)

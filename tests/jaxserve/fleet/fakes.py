@@ -17,7 +17,7 @@ PAGE = 16
 
 
 def identity() -> Identity:
-    return Identity(digest(loaded("deepseek_v3")[0]), 1, "00", "float32", "auto", PAGE)
+    return Identity(digest(loaded("deepseek_v3")[0]), 1, "00", "float32", "auto", PAGE, True)
 
 
 def about(name: str, role: Role, **other) -> About:

@@ -101,7 +101,8 @@ def test_a_decode_instance_that_is_lost_in_the_middle_changes_no_answer(engines,
 def test_a_link_that_stalls_holds_up_no_other_and_changes_no_answer(engines, expected, monkeypatch):
     pulling, asked = connector(engines, "D1"), requests()[:6]
     monkeypatch.setattr(pulling, "_peers", pulling._peers._replace(patience=1.0))
-    lost = pulling.lost
+    porter = engines["D1"]._porter
+    missed = porter.missed
     with wire(sender(engines, "P2").address, stalling(20_000)) as address:
         monkeypatch.setattr(sender(engines, "P2"), "address", address)
         fleet, locals = make_fleet(engines, "P1", "P2", "D1")
@@ -109,7 +110,7 @@ def test_a_link_that_stalls_holds_up_no_other_and_changes_no_answer(engines, exp
             fleet.add(request)
         heard = listen(fleet)
         same(heard, {key: each for key, each in expected.items() if key[0] in {request.id for request in asked}})
-        assert fleet.tally.retries == pulling.lost - lost > 0 and not fleet.tally.lost
+        assert fleet.tally.retries == porter.missed - missed > 0 and not fleet.tally.lost
         assert fleet.tally.missed == {("P2", "D1"): fleet.tally.retries}
         end(engines, locals)
 

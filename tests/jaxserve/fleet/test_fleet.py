@@ -227,7 +227,7 @@ def test_pages_that_do_not_come_are_computed_again():
     stage.offers.clear()
     stage.run()
     assert stage.tokens("x") == said((5, 7), 3, 4)
-    assert len(prefill.given) == 2 and stage.fleet.tally.retries == 1
+    assert len(prefill.given) == 1 and stage.fleet.tally.retries == 1
 
 
 def test_where_pages_did_not_come_from_they_are_not_computed_again_if_there_are_others():
@@ -282,14 +282,17 @@ def test_an_answer_goes_where_pages_come_to_though_more_is_done_there():
     assert len(other.given) == 1 and stage.tokens("y") == said((5, 7), 3, 4)
 
 
-def test_links_that_are_all_in_doubt_are_used_and_one_that_works_is_in_doubt_no_more():
-    stage = Stage()
+def test_where_all_links_are_in_doubt_prompts_are_computed_with_their_answers():
+    stage = Stage(doubt=60.0)
     prefill, decode = stage.pair()
     lose_pages(stage, decode)
-    assert stage.fleet._missed
-    stage.run()  # by the same link
-    assert stage.tokens("x") == said((5, 7), 3, 4) and len(prefill.given) == 2
-    assert not stage.fleet._missed and stage.fleet.tally.missed == {("P1", "D1"): 1}
+    stage.run()
+    assert stage.tokens("x") == said((5, 7), 3, 4) and len(prefill.given) == 1
+    stage.clock.now += 60.0
+    stage.fleet.add(asked("later", (5, 7), seed=3))
+    stage.run()
+    assert len(prefill.given) == 2 and not stage.fleet._missed  # its pages have come
+    assert stage.fleet.tally.missed == {("P1", "D1"): 1}
 
 
 def test_an_instance_that_has_come_back_is_not_in_doubt():
@@ -315,6 +318,35 @@ def test_nobody_waits_for_pages_that_lie_at_an_instance_that_is_lost():
     assert not decode.tasks and len(other.tasks) == 1
     stage.run()
     assert stage.tokens("x") == said((5, 7), 3, 4) and stage.fleet.tally.retries == 1
+
+
+def test_nobody_is_sent_to_fetch_pages_of_an_instance_that_was_lost_while_jobs_waited():
+    stage = Stage()
+    prefill, decode = stage.pair()
+    stage.fleet.add(asked("x", (5, 7), seed=3))
+    decode.die()
+    prefill.work()
+    stage.step()
+    prefill.die()
+    stage.step()
+    other = stage.join("D2", "decode")
+    stage.run()
+    assert stage.tokens("x") == said((5, 7), 3, 4)
+    assert [request.handover for request in other.given] == [None]
+
+
+def test_who_has_taken_pages_of_an_instance_that_leaves_goes_on():
+    stage = Stage()
+    prefill, decode = stage.pair()
+    stage.fleet.add(asked("x", (5, 7), seed=3))
+    prefill.work()
+    stage.step()
+    (task,) = decode.tasks
+    decode.places[task] = 0  # it has the pages, and has said nothing yet
+    prefill.draining = True
+    prefill.die()
+    stage.run()
+    assert stage.tokens("x") == said((5, 7), 3, 4) and stage.fleet.tally.retries == 0
 
 
 def test_text_that_was_held_back_when_a_step_failed_is_not_told_twice():

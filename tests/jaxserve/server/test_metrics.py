@@ -154,8 +154,8 @@ def test_experts_load_is_fetched_at_most_once_a_second(server, monkeypatch):
 
 
 def test_pages_that_did_not_come_or_were_not_kept_are_counted():
-    found = samples(Metrics(lambda: Counters(pages_missed=2, pages_dropped=5), "m").text().decode())
-    assert found["jaxserve:context_cache_missed_requests_total"] == 2
+    found = samples(Metrics(lambda: Counters(handovers_missed=2, pages_dropped=5), "m").text().decode())
+    assert found["jaxserve:handovers_missed_total"] == 2
     assert found["jaxserve:context_cache_dropped_pages_total"] == 5
 
 
