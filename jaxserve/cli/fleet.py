@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxserve.llm import LLM
 
 ServeRole = Literal["prefill", "decode", "router"]
+ANYWHERE = "0.0.0.0", "::"
 
 
 class Group(NamedTuple):
@@ -66,6 +67,7 @@ class Part:
 
     role: ServeRole | None
     router: str | None
+    host: str
     name: str | None
     control_host: str
     control_port: int
@@ -81,8 +83,14 @@ class Part:
         if instance != (self.router is not None):
             reason = "is missing: where do instances join?" if instance else "is for --role prefill and --role decode"
             raise RequestError(f"--router HOST:PORT {reason}")
-        if self.router is not None and not re.fullmatch(r".+:\d+", self.router):
+        _, _, port = (self.router or ":1").rpartition(":")
+        if self.router is not None and not (re.fullmatch(r".+:\d{1,5}", self.router) and 0 < int(port) < 1 << 16):
             raise RequestError(f"--router {self.router}: it must be host:port, like localhost:8001")
+        if instance and self.host in ANYWHERE:
+            raise RequestError(
+                f"--host {self.host}: with --role {self.role} it is where other instances reach this one; give one "
+                "address of this machine"
+            )
         if self.dead_after <= self.heartbeat:
             raise RequestError(
                 f"--dead-after {self.dead_after:g}: it must be more than --heartbeat, {self.heartbeat:g}"

@@ -84,8 +84,9 @@ def check(
         wrong += bool(damaged)
         told = f"{len(damaged)} of {len(each.manifest.blocks)} blocks are gone or damaged" if damaged else "whole"
         print(f"{each.manifest.model} ({each.manifest.form}): {told}")
-    if model is not None and not kept:
-        notes.print(f"{model} is not in {blocks.folder}", soft_wrap=True)
+    if not kept:
+        told = f"{model} is not in {blocks.folder}" if model else f"no model is kept in {blocks.folder}"
+        notes.print(told, soft_wrap=True)
     raise typer.Exit(1 if wrong or (model is not None and not kept) else 0)
 
 

@@ -197,6 +197,7 @@ def serve(
     part = Part(
         role=role,
         router=router,
+        host=host,
         name=name,
         control_host=control_host,
         control_port=control_port,

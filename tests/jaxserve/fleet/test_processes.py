@@ -100,6 +100,8 @@ def instance(begin: Callable[..., Process], role: str, address: str) -> Process:
     [
         (("--role", "decode"), "--router HOST:PORT is missing"),
         (("--role", "decode", "--router", "8001"), "--router 8001: it must be host:port"),
+        (("--role", "decode", "--router", "x:99999"), "--router x:99999: it must be host:port"),
+        (("--role", "decode", "--router", "x:1", "--host", "0.0.0.0"), "--host 0.0.0.0: with --role decode it is"),
         (("--role", "router", "--router", "x:1"), "--router HOST:PORT is for --role prefill and --role decode"),
         (("--router", "x:1"), "--router HOST:PORT is for --role prefill and --role decode"),
     ],
