@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -145,26 +145,23 @@ def certain(params: SamplingParams, drafts: int, int8: bool) -> list[int]:
     return found
 
 
+def check_answers(
+    found: list[list[int]], params: SamplingParams, drafts: int, int8: bool, prefilling: int, decoding: int
+) -> None:
+    """Engines on so many ranks have the tokens of one: all of them if both are alike, else those that are certain."""
+    wanted = expected(params, drafts, int8)
+    for number in certain(params, drafts, int8):
+        assert found[number] == wanted[number]
+    if prefilling == decoding:
+        assert found == expected(params, drafts, int8, decoding)
+
+
 def of_form(drafts: int, int8: bool, *others: Any) -> Any:
     """A case, for the process that has the engines of its form."""
     return pytest.param(drafts, int8, *others, marks=pytest.mark.xdist_group(f"connector {drafts} {int8}"))
 
 
 FORMS = [of_form(*form) for form in itertools.product((0, 1), (False, True))]
-
-
-def pairwise(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Some of all combinations, in which each two values of different axes meet."""
-
-    def meetings(chosen: tuple[Any, ...]) -> set[Any]:
-        return set(itertools.combinations(enumerate(chosen), 2))
-
-    every, found = list(itertools.product(*axes)), []
-    left = set[Any]().union(*map(meetings, every))
-    while left:
-        found.append(max(every, key=lambda chosen: len(meetings(chosen) & left)))
-        left -= meetings(found[-1])
-    return found
 
 
 @contextmanager

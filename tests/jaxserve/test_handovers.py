@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.connector import Connector
 from jaxserve.parallel.errors import RequestError
+from jaxserve.programs import Shapes, Tiles
 from jaxserve.request import Handover, Output, Request, SamplingParams, StructuredOutputs
 from tests.jaxserve.conftest import tokens
 from tests.jaxserve.connected import (
@@ -14,19 +15,23 @@ from tests.jaxserve.connected import (
     FORMS,
     GREEDY,
     NAMES,
+    PAGE,
     SEEDED,
-    certain,
+    answers,
+    check_answers,
     connected,
     connector_of,
-    expected,
     exported,
     forget,
     handed_over,
+    of_form,
     requests,
     run,
 )
 from tests.jaxserve.test_product import prompts
 from tests.processes import free_ports
+
+SINGLE = Tiles(1, 1), Tiles(4, 1)
 
 
 @pytest.mark.slow
@@ -36,9 +41,25 @@ from tests.processes import free_ports
 @pytest.mark.parametrize(("drafts", "int8"), FORMS)
 def test_an_engine_answers_what_another_has_read_as_if_it_had_itself(drafts, int8, prefilling, decoding, params):
     first, second = (connected("embedded", drafts, ranks, int8) for ranks in (prefilling, decoding))
-    found, wanted = handed_over(first, second, requests("embedded", params)), expected(params, drafts, int8)
-    for number in certain(params, drafts, int8):
-        assert found[number] == wanted[number]
+    found = handed_over(first, second, requests("embedded", params))
+    check_answers(found, params, drafts, int8, prefilling, decoding)
+
+
+@pytest.mark.parametrize(("drafts", "int8"), [of_form(0, False), of_form(1, False)])
+def test_few_tokens_that_are_left_of_a_prompt_are_tiles_of_their_own(drafts, int8, monkeypatch):
+    engine, used, choose = connected("embedded", drafts, int8=int8), list[Tiles](), Shapes.for_chunks
+    request, prompt = requests("embedded", GREEDY)[-1], prompts("embedded")[-1]
+
+    def ask(left: int) -> list[int]:
+        asked = replace(request, id=str(next(NAMES)), prompt_token_ids=prompt[: 2 * PAGE + left])
+        return answers(engine, [asked])[0]
+
+    wanted = [(forget(engine), ask(left))[1] for left in (1, 1, 2, 4)]
+    forget(engine)
+    monkeypatch.setattr(Shapes, "for_chunks", lambda *given: used.append(choose(*given)) or used[-1])
+    monkeypatch.setattr(engine, "_shapes", engine._shapes._replace(prefill=(*SINGLE, *engine._shapes.prefill)))
+    assert [ask(left) for left in (1, 1, 2, 4)] == wanted
+    assert used[1:] == [SINGLE[0], SINGLE[1], SINGLE[1]]
 
 
 KINDS_OF_ANSWERS = {

@@ -11,7 +11,7 @@ from jaxserve.fleet.control import Control
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.request import SamplingParams
 from tests.jaxserve.conftest import EMBEDDED_SIZE, loaded
-from tests.jaxserve.connected import GREEDY, SEEDED, certain, expected, of_form, requests
+from tests.jaxserve.connected import GREEDY, SEEDED, check_answers, of_form, requests
 from tests.jaxserve.fleet.conftest import listen
 from tests.jaxserve.tiers.conftest import start
 from tests.processes import START_UP, Process, free_ports, process
@@ -95,9 +95,7 @@ def test_processes_answer_as_one_engine_cold_and_restarted_over_a_folder_or_a_se
         with ExitStack() as ended:
             prefill = stage.begin(ended, "prefill", prefilling, "--context-cache", places)
             for params in (GREEDY, SEEDED):
-                found, wanted = stage.answers(params), expected(params, drafts, int8)
-                for number in certain(params, drafts, int8):
-                    assert found[number] == wanted[number]
+                check_answers(stage.answers(params), params, drafts, int8, prefilling, decoding)
             assert tier is None or eventually(lambda tier=tier: stage.hits(tier) > 0)
             prefill.process.send_signal(signal.SIGTERM)
             assert prefill.status() == 0 and eventually(lambda: not stage.joined("prefill"))
