@@ -18,12 +18,13 @@ from jaxserve import options as sizes
 from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.hub import EMBEDDED
 from jaxserve.compilation import enable_cache
-from jaxserve.connector import Connector, Peers
+from jaxserve.connector import Connector
 from jaxserve.engine import Engine
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Local, about
 from jaxserve.layout import PageLayout
 from jaxserve.options import EngineConfig
+from jaxserve.peers import Peers
 from jaxserve.request import Request
 from jaxserve.serving import Serving
 from jaxserve.tokenizer import Tokenizer

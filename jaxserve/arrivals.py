@@ -16,14 +16,15 @@ class Brought(NamedTuple):
 class Arrival:
     """Pages on their way, or not asked for yet; several sequences may wait for the same."""
 
-    def __init__(self, ask: Callable[[], "Future[Brought | None]"]):
-        """`ask` sends for them, and doesn't wait."""
+    def __init__(self, ask: Callable[[], "Future[Brought | None] | None"]):
+        """`ask` sends for them, and doesn't wait; it gives None if that can't be done yet."""
         self._ask = ask
         self._future: Future[Brought | None] | None = None
 
-    def start(self) -> None:
-        """Asks for them, if that was not done yet."""
+    def start(self) -> bool:
+        """Asks for them, if that was not done yet; whether it is done now."""
         self._future = self._future or self._ask()
+        return self._future is not None
 
     @property
     def done(self) -> bool:

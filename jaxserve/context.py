@@ -11,13 +11,14 @@ import numpy as np
 from jaxserve import __version__
 from jaxserve import options as sizes
 from jaxserve.compilation import cache_folder
-from jaxserve.connector import Connector, Peers
+from jaxserve.connector import Connector
 from jaxserve.identity import identify
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model
 from jaxserve.layout import PageLayout
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import RequestError
+from jaxserve.peers import Peers
 from jaxserve.tiers.limits import Limits
 from jaxserve.tiers.store import StoreConfig, open_store
 

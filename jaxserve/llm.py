@@ -20,7 +20,7 @@ from jaxserve.checkpoints import hf
 from jaxserve.checkpoints.formats import find_format
 from jaxserve.checkpoints.hub import locate
 from jaxserve.compilation import enable_cache, executables_folder
-from jaxserve.connector import Connector, Peers
+from jaxserve.connector import Connector
 from jaxserve.context import make_connector
 from jaxserve.engine import Engine
 from jaxserve.executables import Executables
@@ -33,6 +33,7 @@ from jaxserve.models import find_cache, open_checkpoint, open_weights, resolve_d
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.errors import CheckpointError, RequestError, ShardingError
 from jaxserve.parallel.mesh import find_shape, make_mesh
+from jaxserve.peers import Peers
 from jaxserve.progress import Progress, bar
 from jaxserve.request import CompletionOutput, Output, Request, RequestOutput, SamplingParams
 from jaxserve.serving import Serving

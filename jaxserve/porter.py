@@ -75,7 +75,7 @@ class Porter:
         connector, p = self._connector, request.params
         if request.export and (connector is None or connector.address is None or (p.n, p.max_tokens) != (1, 1)):
             raise RequestError("export: this engine offers no pages to others, or n or max_tokens is not 1")
-        if request.handover and (connector is None or p.prompt_logprobs is not None):
+        if request.handover and (connector is None or not connector.takes or p.prompt_logprobs is not None):
             raise RequestError("handover: this engine takes no pages from others, or prompt_logprobs are asked for")
 
     def compile(self, cache: Any) -> Any:
@@ -101,14 +101,15 @@ class Porter:
         """Gives what has come to those who wait for it, and asks for more: as much as memory should hold at once.
 
         Another engine keeps its pages until there is a slot for them; those of the store are fetched somewhat before.
+        Those who are to export pages have room for them one after another.
         Returns sequences whose pages will not come, and why.
         """
-        missed = []
+        missed, full = [], False
         free = sum(rank.num_free for rank in ranks) - ranks.num_brought
         for place, s in enumerate(ranks.expecting()):
             assert s.coming is not None
-            if place < free + (0 if s.request.handover else AHEAD):
-                s.coming.start()
+            if place < free + (0 if s.request.handover else AHEAD) and not (full and s.request.export):
+                full |= not s.coming.start()
             if s.coming.done:
                 try:
                     s.brought, s.coming = s.coming.result(), None

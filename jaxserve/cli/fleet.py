@@ -12,8 +12,8 @@ from jaxserve.cli.show import notes
 from jaxserve.parallel.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
-    from jaxserve.connector import Peers
     from jaxserve.llm import LLM
+    from jaxserve.peers import Peers
 
 ServeRole = Literal["prefill", "decode", "router"]
 ANYWHERE = "0.0.0.0", "::"

@@ -40,8 +40,8 @@ from jaxserve.parallel.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxserve.connector import Peers
     from jaxserve.llm import LLM
+    from jaxserve.peers import Peers
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 

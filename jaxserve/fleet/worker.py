@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxserve.connector import Peers
 from jaxserve.engine import Engine
 from jaxserve.fleet.control import PATIENCE
 from jaxserve.fleet.instance import Event, Gone, Local, Refused, Role, about
@@ -14,6 +13,7 @@ from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Line, Message, Pulse, 
 from jaxserve.llm import LLM
 from jaxserve.parallel.errors import EngineError, RequestError, TransferError
 from jaxserve.parallel.frames import TICK, Frames, dial
+from jaxserve.peers import Peers
 
 BACKOFF = 0.1, 5.0
 """Seconds before the router is dialled again: the first time, and at most."""

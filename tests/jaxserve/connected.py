@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxserve import options as sizes
-from jaxserve.connector import Connector, Peers
+from jaxserve.connector import Connector
 from jaxserve.engine import Engine
 from jaxserve.layers.int8 import in_int8, quantize_model
 from jaxserve.layers.spread import in_order, spread
@@ -20,6 +20,7 @@ from jaxserve.layers.transformer import model_params
 from jaxserve.layout import PageLayout
 from jaxserve.options import EngineConfig
 from jaxserve.parallel.mesh import make_mesh
+from jaxserve.peers import Peers
 from jaxserve.request import Handover, Output, Request, SamplingParams
 from jaxserve.tiers.keys import PageKind
 from jaxserve.tiers.limits import Limits

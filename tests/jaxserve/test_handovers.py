@@ -115,9 +115,9 @@ def test_pages_that_are_gone_end_the_answer_and_nothing_else():
     asked = requests("embedded", GREEDY)[-3:]
     forget(engine)
     offered = exported(engine, asked)
-    sender = connector_of(engine)._sender
-    assert sender is not None
-    sender.withdraw(offered[1].name)
+    exports = connector_of(engine)._exports
+    assert exports is not None
+    exports.sender.withdraw(offered[1].name)
     outputs = run(engine, [replace(each, handover=where) for each, where in zip(asked, offered, strict=True)])
     assert [(each[-1].finish_reason, each[-1].lost) for each in outputs] == [
         ("length", False), ("error", True), ("length", False)
@@ -140,10 +140,10 @@ def test_prompts_wait_until_there_is_room_for_their_pages():
     engine = connected("embedded")
     connector, asked = connector_of(engine), requests("embedded", GREEDY)[-4:]
     forget(engine)
-    most, peers = 6 * connector.layout.page_bytes, connector._peers
-    assert peers is not None and connector._sender is not None
-    connector._sender.offers.clear()
-    connector._peers, connector._sender.offers.limit = peers._replace(limit=most), most
+    assert connector._exports is not None
+    connector.withdraw()
+    offers, most = connector._exports.sender.offers, 6 * connector.layout.page_bytes
+    limit, offers.limit = offers.limit, most
     try:
         wanted = [replace(each, params=ASKED, export=True) for each in asked]
         for request in wanted:
@@ -153,7 +153,7 @@ def test_prompts_wait_until_there_is_room_for_their_pages():
             said = [output for output in engine.step() if output.handover]
             found |= {output.request_id: output.handover for output in said if output.handover}
         assert list(found) == [wanted[0].id]
-        assert connector._sender.offers.nbytes <= most
+        assert offers.nbytes <= most
         for count in range(1, 4):
             engine.add(replace(asked[count - 1], handover=found[wanted[count - 1].id]))
             while len(found) <= count:
@@ -161,7 +161,7 @@ def test_prompts_wait_until_there_is_room_for_their_pages():
                 found |= {output.request_id: output.handover for output in said if output.handover}
         assert list(found) == [each.id for each in wanted]
     finally:
-        connector._peers, connector._sender.offers.limit = peers, peers.limit
+        offers.limit = limit
         while engine.busy:
             engine.step()
     assert connector.offered == 1
@@ -204,7 +204,9 @@ def test_who_goes_away_while_pages_come_or_leave_leaves_nothing_behind():
         engine.abort(where.name.rpartition("/")[0])  # whose pages these are, in case they were not fetched
         while engine.busy:
             engine.step()
-    assert not connector._exports and not connector._promised and not engine._schedulers.expecting()
+    exports = connector._exports
+    assert exports is not None and not exports._reserved
+    assert not connector._promised and not engine._schedulers.expecting()
     assert connector.offered == before
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from jaxserve import options as sizes
-from jaxserve.connector import Connector, Peers
+from jaxserve.connector import Connector
 from jaxserve.engine import Engine
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Local, about
 from jaxserve.layout import PageLayout
 from jaxserve.options import EngineConfig
+from jaxserve.peers import Peers
 from jaxserve.request import Output
 from tests.jaxserve.conftest import EMBEDDED_SHAPES, EMBEDDED_SIZE, loaded, with_few_shapes
 from tests.waiting import eventually

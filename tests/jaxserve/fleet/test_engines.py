@@ -70,7 +70,7 @@ def connector(engines, name):
 
 
 def sender(engines, name="P1"):
-    return connector(engines, name)._sender
+    return connector(engines, name)._exports.sender
 
 
 @pytest.mark.parametrize("names", [["D1"], ["P1", "D1"], ["P1", "D1", "D2"]])
@@ -99,8 +99,8 @@ def test_a_decode_instance_that_is_lost_in_the_middle_changes_no_answer(engines,
 
 
 def test_a_link_that_stalls_holds_up_no_other_and_changes_no_answer(engines, expected, monkeypatch):
-    pulling, asked = connector(engines, "D1"), requests()[:6]
-    monkeypatch.setattr(pulling, "_peers", pulling._peers._replace(patience=1.0))
+    pulls, asked = connector(engines, "D1")._pulls, requests()[:6]
+    monkeypatch.setattr(pulls, "how", pulls.how._replace(patience=1.0))
     porter = engines["D1"]._porter
     missed = porter.missed
     with wire(sender(engines, "P2").address, stalling(20_000)) as address:

@@ -1,5 +1,7 @@
-"""Fleets whose processes have meshes, INT8 weights, guesses and a context cache: the tokens of one engine alone."""
+"""Fleets of processes with meshes, INT8 weights, guesses and a context cache: the tokens of one engine alone."""
 
+import functools
+import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -9,9 +11,10 @@ import pytest
 
 from jaxserve.fleet.control import Control
 from jaxserve.fleet.fleet import Fleet
+from jaxserve.fleet.instance import Instance, Role
 from jaxserve.request import SamplingParams
 from tests.jaxserve.conftest import EMBEDDED_SIZE, loaded
-from tests.jaxserve.connected import GREEDY, SEEDED, check_answers, of_form, requests
+from tests.jaxserve.connected import FORMS, GREEDY, SEEDED, check_answers, requests
 from tests.jaxserve.fleet.conftest import listen
 from tests.jaxserve.tiers.conftest import start
 from tests.processes import START_UP, Process, free_ports, process
@@ -20,82 +23,110 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow
 
 SIZE = "--max-model-len", str(EMBEDDED_SIZE["max_model_len"]), "--max-num-seqs", "4", "--max-num-batched-tokens", "128"
+SMALL = 0.0012
+"""Gigabytes of a prefill instance's cache: it forgets what it computed a few questions ago."""
 FEW = """
 from jaxserve.engine import Engine
 from jaxserve.options import EngineConfig
 from jaxserve.programs import Shapes, Tiles
 past = lambda engine: (Tiles(16, 8, past=16),) if engine._devices.mesh else ()
-EngineConfig.__init__.__kwdefaults__["warmup"] = False
+EngineConfig.__init__.__kwdefaults__ |= {"warmup": False, "page_size": 16}
 Engine._make_shapes = lambda self: Shapes((Tiles(16, 8), *past(self)), (self.options.max_num_seqs,))
 """
-"""Few programs are compiled, and those when they are needed."""
-FORMS = [
-    of_form(drafts, int8, prefilling, decoding)
-    for drafts, int8, prefilling, decoding in [
-        (0, False, 1, 1), (1, True, 1, 2), (1, False, 2, 4), (0, True, 2, 4), (0, False, 4, 2), (1, True, 4, 1)
-    ]
-]  # fmt: skip
-"""Guesses, INT8, ranks of prefill and of decode: each two values meet, but of ranks, which do in test_handovers."""
+"""Few programs are compiled, and those when they are needed; prompts have several pages."""
+RANKS = 1, 2, 4
+CASES = list(itertools.product(RANKS, RANKS, (GREEDY, SEEDED)))
+"""Ranks of prefill, ranks of decode, what is asked."""
+PAGES = 8
+"""Different full pages of what is asked."""
 
 
 class Stage:
-    """A fleet, and the processes of its instances."""
+    """A fleet with a prefill and a decode process of each size, of which two at a time are given something to do."""
 
-    def __init__(self, drafts: int, int8: bool):
+    def __init__(self, drafts: int, int8: bool, opened: ExitStack, folder: Path):
         cfg, _, tokenizer, *_ = loaded("embedded")
+        url, pages = start(opened, folder / "server", *free_ports(1)).url, str(folder / "pages")
+        self.places = {"memory": f"memory,{pages},{url}", "disk": pages, "shared": url}
         self.fleet = Fleet(cfg, tokenizer, EMBEDDED_SIZE["max_model_len"])
-        self.control = Control(self.fleet, b"of the test")
+        self._control, self._opened = opened.enter_context(closing(Control(self.fleet, b"of the test"))), opened
         self._form = "--num-speculative-tokens", str(drafts), *(("--quantization", "int8") if int8 else ())
+        self._begin("decode")
+        self._tier, self._prefills = "memory", self._begin("prefill", self.places["memory"])
+        self.first = functools.cache(self.ask)
+        """Answers to a case that nobody has been asked before."""
 
-    def begin(self, stack: ExitStack, role: str, ranks: int, *words: str) -> Process:
-        """An instance, when it has joined."""
-        joined = self.joined(role)
-        mesh = ("--devices", str(ranks), "--mesh", f"1x{ranks}") if ranks > 1 else ()
-        router = f"127.0.0.1:{self.control.address[1]}"
-        given = "serve", "--role", role, "--router", router, *SIZE, *self._form, *mesh, *words
-        started = stack.enter_context(process(*given, plant=FEW))
-        assert eventually(lambda: self.joined(role) > joined, START_UP), started.lines
-        return started
-
-    def joined(self, role: str) -> int:
-        return sum(each.instance.about.role == role for each in self.fleet.members)
-
-    def hits(self, tier: str) -> int:
-        """Pages that a tier had."""
-        tiers = self.fleet.counters.tiers
-        return tiers[tier].hits if tier in tiers else 0
-
-    def answers(self, params: SamplingParams) -> list[list[int]]:
-        asked = requests("embedded", params)
+    def ask(self, prefilling: int, decoding: int, params: SamplingParams) -> list[list[int]]:
+        """Answers of the two instances with so many ranks. No other case's pages are of use."""
+        for instance in self._instances():
+            instance.draining = instance.about.ranks != (  # type: ignore[misc]
+                prefilling if instance.about.role == "prefill" else decoding
+            )
+        asked = requests("embedded", params, cache_salt=f"{prefilling} {decoding} {params.temperature}")
         for request in asked:
             self.fleet.add(request)
         heard = listen(self.fleet)
         assert {each.last.finish_reason for each in heard.values()} == {"length"}
         return [heard[request.id, 0].tokens for request in asked]
 
-    def close(self) -> None:
-        self.control.close()
+    def over(self, tier: str) -> None:
+        """Begins prefill instances that have nothing but what this tier has, unless they are those that there are."""
+        if tier == self._tier:
+            return
+        for each in self._prefills:
+            each.process.send_signal(signal.SIGTERM)
+        assert [each.status() for each in self._prefills] == [0, 0, 0]
+        assert eventually(lambda: not self._instances("prefill"))
+        self._tier, self._prefills = tier, self._begin("prefill", self.places[tier])
+
+    def hits(self, tier: str) -> int:
+        """Pages that a tier had."""
+        tiers = self.fleet.counters.tiers
+        return tiers[tier].hits if tier in tiers else 0
+
+    def _instances(self, role: Role | None = None) -> list[Instance]:
+        found = [member.instance for member in self.fleet.members]
+        return [each for each in found if role in (None, each.about.role)]
+
+    def _begin(self, role: Role, places: str = "") -> list[Process]:
+        """Instances of each size, with a context cache in these places, when they have joined."""
+        router, started = f"127.0.0.1:{self._control.address[1]}", list[Process]()
+        for ranks in RANKS:
+            mesh = ("--devices", str(ranks), "--mesh", f"1x{ranks}") if ranks > 1 else ()
+            cache = ("--context-cache", places, "--cache-gb", f"{SMALL / ranks:.4f}") if places else ()
+            given = "serve", "--role", role, "--router", router, *SIZE, *self._form, *mesh, *cache
+            started.append(self._opened.enter_context(process(*given, plant=FEW)))
+        assert eventually(lambda: len(self._instances(role)) == len(RANKS), START_UP), [it.lines for it in started]
+        return started
 
 
-@pytest.fixture
-def opened() -> Iterator[ExitStack]:
-    """Closes what a test opens, in the other order."""
-    with ExitStack() as stack:
-        yield stack
+@pytest.fixture(scope="module")
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with ExitStack() as opened:
+        yield Stage(*request.param, opened, tmp_path_factory.mktemp("stage"))
 
 
-@pytest.mark.parametrize(("drafts", "int8", "prefilling", "decoding"), FORMS)
-def test_processes_answer_as_one_engine_cold_and_restarted_over_a_folder_or_a_server(
-    drafts, int8, prefilling, decoding, tmp_path: Path, opened
-):
-    url, folder = start(opened, tmp_path / "server", *free_ports(1)).url, str(tmp_path / "pages")
-    stage = opened.enter_context(closing(Stage(drafts, int8)))
-    stage.begin(opened, "decode", decoding)
-    for places, tier in {f"memory,{folder},{url}": None, folder: "disk", url: "shared"}.items():
-        with ExitStack() as ended:
-            prefill = stage.begin(ended, "prefill", prefilling, "--context-cache", places)
-            for params in (GREEDY, SEEDED):
-                check_answers(stage.answers(params), params, drafts, int8, prefilling, decoding)
-            assert tier is None or eventually(lambda tier=tier: stage.hits(tier) > 0)
-            prefill.process.send_signal(signal.SIGTERM)
-            assert prefill.status() == 0 and eventually(lambda: not stage.joined("prefill"))
+forms = pytest.mark.parametrize(
+    "stage", [pytest.param(each.values, marks=each.marks) for each in FORMS], indirect=True, ids=str
+)
+
+
+@forms
+def test_a_fleet_answers_as_one_engine(stage, request):
+    form = request.node.callspec.params["stage"]
+    for prefilling, decoding, params in CASES:
+        check_answers(stage.first(prefilling, decoding, params), params, *form, prefilling, decoding)
+
+
+@forms
+@pytest.mark.parametrize("tier", ["memory", "disk", "shared"])
+def test_what_its_context_cache_has_kept_changes_no_answer(stage, tier, request):
+    form = request.node.callspec.params["stage"]
+    for case in CASES:
+        stage.first(*case)
+    stage.over(tier)
+    before = stage.hits(tier)
+    for prefilling, decoding, params in CASES:
+        check_answers(stage.ask(prefilling, decoding, params), params, *form, prefilling, decoding)
+    most = PAGES * len(CASES) * 0.75  # the device has some, which another request of the same question has brought
+    assert eventually(lambda: stage.hits(tier) - before >= most)
