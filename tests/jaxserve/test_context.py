@@ -16,7 +16,7 @@ from tests.jaxserve.conftest import loaded
 
 SIZES = 1.0, 2.0, 3.0
 GB = 1 << 30
-SMALL = {"max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 1, "page_size": 16}
+SMALL = {"max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 1, "page_size": 16, "warmup": False}
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
 

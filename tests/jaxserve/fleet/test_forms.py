@@ -23,17 +23,18 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow
 
 SIZE = "--max-model-len", str(EMBEDDED_SIZE["max_model_len"]), "--max-num-seqs", "4", "--max-num-batched-tokens", "128"
-SMALL = 0.0012
-"""Gigabytes of a prefill instance's cache: it forgets what it computed a few questions ago."""
 FEW = """
 from jaxserve.engine import Engine
 from jaxserve.options import EngineConfig
 from jaxserve.programs import Shapes, Tiles
 past = lambda engine: (Tiles(16, 8, past=16),) if engine._devices.mesh else ()
-EngineConfig.__init__.__kwdefaults__ |= {"warmup": False, "page_size": 16}
+EngineConfig.__init__.__kwdefaults__ |= {"warmup": False, "page_size": 16, "num_pages": 12}
 Engine._make_shapes = lambda self: Shapes((Tiles(16, 8), *past(self)), (self.options.max_num_seqs,))
 """
-"""Few programs are compiled, and those when they are needed; prompts have several pages."""
+"""Few programs are compiled, and those when they are needed.
+
+Prompts have several pages, and those of a few questions ago are forgotten.
+"""
 RANKS = 1, 2, 4
 CASES = list(itertools.product(RANKS, RANKS, (GREEDY, SEEDED)))
 """Ranks of prefill, ranks of decode, what is asked."""
@@ -93,10 +94,12 @@ class Stage:
         router, started = f"127.0.0.1:{self._control.address[1]}", list[Process]()
         for ranks in RANKS:
             mesh = ("--devices", str(ranks), "--mesh", f"1x{ranks}") if ranks > 1 else ()
-            cache = ("--context-cache", places, "--cache-gb", f"{SMALL / ranks:.4f}") if places else ()
+            cache = ("--context-cache", places) if places else ()
             given = "serve", "--role", role, "--router", router, *SIZE, *self._form, *mesh, *cache
             started.append(self._opened.enter_context(process(*given, plant=FEW)))
-        assert eventually(lambda: len(self._instances(role)) == len(RANKS), START_UP), [it.lines for it in started]
+        joined = lambda: len(self._instances(role)) == len(RANKS)  # noqa: E731
+        eventually(lambda: joined() or any(each.process.poll() is not None for each in started), START_UP)
+        assert joined(), [each.lines for each in started]
         return started
 
 

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.xdist_group("server"), pytest.mark.slow]
 SLOW = """
 import time
 from jaxserve.engine import Engine
+from jaxserve.options import EngineConfig
+EngineConfig.__init__.__kwdefaults__["warmup"] = False
 step = Engine._step
 Engine._rounds = lambda self: 1
 Engine._step = lambda self: (time.sleep(0.02), step(self))[1]
