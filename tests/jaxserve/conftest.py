@@ -1,13 +1,17 @@
 """Tiny checkpoints with a tokenizer, and engines that serve them."""
 
 import functools
+import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.checkpoints import hf
@@ -66,12 +70,36 @@ def make_engine():
     return make
 
 
+SHORT = tempfile.TemporaryDirectory(prefix="jaxserve-short-")
+
+
+@functools.cache
+def short_folder() -> Path:
+    """The embedded model with the first and the last of its layers and with its MTP module: it compiles sooner."""
+    folder, config = Path(SHORT.name), json.loads((EMBEDDED / "config.json").read_text())
+    count = config["num_hidden_layers"]
+    places = {0: 0, count - 1: 1, count: 2}
+    tensors = {}
+    for name, tensor in hf.open_folder(EMBEDDED).items():
+        layer = re.match(r"model\.layers\.(\d+)", name)
+        if layer is None:
+            tensors[name] = np.asarray(tensor.read())
+        elif (place := places.get(int(layer[1]))) is not None:
+            tensors[f"model.layers.{place}{name[layer.end() :]}"] = np.asarray(tensor.read())
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, folder)
+    return folder
+
+
 @functools.cache
 def loaded(name: str):
     """A checkpoint's engine parts, and its config and weights as published."""
-    folder = EMBEDDED if name == "embedded" else GOLDENS / name
+    folder = {"embedded": lambda: EMBEDDED, "short": short_folder}.get(name, lambda: GOLDENS / name)()
     cfg, model = hf.load(folder, "float32")
-    tokenizer = Tokenizer.from_folder(folder) if name == "embedded" else word_tokenizer(cfg.vocab_size)
+    written = name in ("embedded", "short")
+    tokenizer = Tokenizer.from_folder(folder) if written else word_tokenizer(cfg.vocab_size)
     weights = {key: np.asarray(tensor.read(), np.float64) for key, tensor in hf.open_folder(folder).items()}
     return cfg, model, tokenizer, hf.read_json(folder), weights
 

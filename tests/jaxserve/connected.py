@@ -129,9 +129,9 @@ def handed_over(first: Engine, second: Engine, asked: list[Request]) -> list[lis
 @functools.cache
 def expected(params: SamplingParams, drafts: int, int8: bool, ranks: int = 1) -> list[list[int]]:
     """Of an engine to which nothing comes from elsewhere."""
-    engine = connected("embedded", drafts, ranks, int8)
+    engine = connected("short", drafts, ranks, int8)
     forget(engine)
-    return answers(engine, requests("embedded", params))
+    return answers(engine, requests("short", params))
 
 
 @functools.cache

@@ -40,15 +40,15 @@ SINGLE = Tiles(1, 1), Tiles(4, 1)
 @pytest.mark.parametrize("prefilling", [1, 2, 4])
 @pytest.mark.parametrize(("drafts", "int8"), FORMS)
 def test_an_engine_answers_what_another_has_read_as_if_it_had_itself(drafts, int8, prefilling, decoding, params):
-    first, second = (connected("embedded", drafts, ranks, int8) for ranks in (prefilling, decoding))
-    found = handed_over(first, second, requests("embedded", params))
+    first, second = (connected("short", drafts, ranks, int8) for ranks in (prefilling, decoding))
+    found = handed_over(first, second, requests("short", params))
     check_answers(found, params, drafts, int8, prefilling, decoding)
 
 
 @pytest.mark.parametrize(("drafts", "int8"), [of_form(0, False), of_form(1, False)])
 def test_few_tokens_that_are_left_of_a_prompt_are_tiles_of_their_own(drafts, int8, monkeypatch):
-    engine, used, choose = connected("embedded", drafts, int8=int8), list[Tiles](), Shapes.for_chunks
-    request, prompt = requests("embedded", GREEDY)[-1], prompts("embedded")[-1]
+    engine, used, choose = connected("short", drafts, int8=int8), list[Tiles](), Shapes.for_chunks
+    request, prompt = requests("short", GREEDY)[-1], prompts("short")[-1]
 
     def ask(left: int) -> list[int]:
         asked = replace(request, id=str(next(NAMES)), prompt_token_ids=prompt[: 2 * PAGE + left])
@@ -76,12 +76,12 @@ KINDS_OF_ANSWERS = {
 @pytest.mark.parametrize("handed", [False, True], ids=["computed", "handed over"])
 @pytest.mark.parametrize("kind", KINDS_OF_ANSWERS)
 def test_an_answer_that_was_begun_goes_on_as_it_would_have(kind, handed):
-    engine = connected("embedded")
+    engine = connected("short")
     params = SamplingParams(max_tokens=14, **KINDS_OF_ANSWERS[kind])
-    (whole,) = run(engine, [Request(str(next(NAMES)), prompts("embedded")[-1], params)])
+    (whole,) = run(engine, [Request(str(next(NAMES)), prompts("short")[-1], params)])
     said, text = tokens(whole), "".join(each.text for each in whole)
     for count in range(1, len(said)):
-        request = Request(str(next(NAMES)), prompts("embedded")[-1], params, answered=tuple(said[:count]))
+        request = Request(str(next(NAMES)), prompts("short")[-1], params, answered=tuple(said[:count]))
         if handed:
             forget(engine)
             request = replace(request, handover=exported(engine, [request])[0])
@@ -100,9 +100,9 @@ def scores(outputs: list[Output]) -> list[dict[int, float]]:
 
 
 def test_a_prompt_s_scores_come_with_its_pages_and_not_from_them():
-    engine = connected("embedded")
+    engine = connected("short")
     forget(engine)
-    prompt = prompts("embedded")[-1]
+    prompt = prompts("short")[-1]
     (wanted,) = run(engine, [Request(str(next(NAMES)), prompt, replace(ASKED, prompt_logprobs=1))])
     asked = Request(str(next(NAMES)), prompt, replace(ASKED, prompt_logprobs=1), export=True)
     (found,) = run(engine, [asked])
@@ -111,8 +111,8 @@ def test_a_prompt_s_scores_come_with_its_pages_and_not_from_them():
 
 
 def test_pages_that_are_gone_end_the_answer_and_nothing_else():
-    engine = connected("embedded")
-    asked = requests("embedded", GREEDY)[-3:]
+    engine = connected("short")
+    asked = requests("short", GREEDY)[-3:]
     forget(engine)
     offered = exported(engine, asked)
     exports = connector_of(engine)._exports
@@ -128,8 +128,8 @@ def test_pages_that_are_gone_end_the_answer_and_nothing_else():
 
 
 def test_an_engine_that_is_not_there_any_more_is_noticed():
-    engine = connected("embedded")
-    (request,) = requests("embedded", GREEDY)[-1:]
+    engine = connected("short")
+    (request,) = requests("short", GREEDY)[-1:]
     (port,) = free_ports(1)
     (outputs,) = run(engine, [replace(request, handover=Handover("127.0.0.1", port, "it", 80))])
     assert outputs[-1].lost and "does not answer" in (outputs[-1].error or "")
@@ -137,8 +137,8 @@ def test_an_engine_that_is_not_there_any_more_is_noticed():
 
 def test_prompts_wait_until_there_is_room_for_their_pages():
     """And go on in their order."""
-    engine = connected("embedded")
-    connector, asked = connector_of(engine), requests("embedded", GREEDY)[-4:]
+    engine = connected("short")
+    connector, asked = connector_of(engine), requests("short", GREEDY)[-4:]
     forget(engine)
     assert connector._exports is not None
     connector.withdraw()
@@ -178,16 +178,16 @@ class AtOnce:
 
 
 def test_pages_that_leave_at_once_are_said_once(monkeypatch):
-    engine = connected("embedded")
+    engine = connected("short")
     connector = connector_of(engine)
     monkeypatch.setattr(connector, "_leaving", AtOnce(connector))
-    (outputs,) = run(engine, [replace(requests("embedded", ASKED)[-1], export=True)])
+    (outputs,) = run(engine, [replace(requests("short", ASKED)[-1], export=True)])
     assert len(outputs) == 1 and outputs[0].handover is not None
 
 
 def test_who_goes_away_while_pages_come_or_leave_leaves_nothing_behind():
-    engine = connected("embedded")
-    connector, (request,) = connector_of(engine), requests("embedded", GREEDY)[-1:]
+    engine = connected("short")
+    connector, (request,) = connector_of(engine), requests("short", GREEDY)[-1:]
     before = connector.offered
     for steps in range(6):
         leaving = replace(request, id=f"leaving {steps}", params=ASKED, export=True)

@@ -82,16 +82,16 @@ def hits(store: Store) -> int:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(("drafts", "int8"), FORMS)
 def test_pages_that_were_kept_give_the_same_tokens(drafts, int8, ranks, state, params, tmp_path):
-    engine, wanted = connected("embedded", drafts, ranks, int8), expected(params, drafts, int8, ranks)
+    engine, wanted = connected("short", drafts, ranks, int8), expected(params, drafts, int8, ranks)
 
     def compute() -> None:
         forget(engine)
-        assert answers(engine, requests("embedded", params)) == wanted
+        assert answers(engine, requests("short", params)) == wanted
 
     with filled(engine, state, tmp_path, compute) as store:
         forget(engine)
         before = sum(scheduler.hit for scheduler in engine._schedulers)
-        asked = requests("embedded", params)
+        asked = requests("short", params)
         assert answers(engine, asked) == wanted
         least = sum((len(each.prompt_token_ids) - 1) // PAGE * PAGE for each in asked)
         assert sum(scheduler.hit for scheduler in engine._schedulers) - before >= least
@@ -106,19 +106,19 @@ def test_pages_that_were_kept_give_the_same_tokens(drafts, int8, ranks, state, p
 def test_what_was_kept_of_a_prompt_is_handed_over_with_what_is_computed(
     drafts, int8, prefilling, decoding, state, tmp_path
 ):
-    first, second = (connected("embedded", drafts, ranks, int8) for ranks in (prefilling, decoding))
+    first, second = (connected("short", drafts, ranks, int8) for ranks in (prefilling, decoding))
     over = partial(handed_over, first, second)
-    with filled(first, state, tmp_path, lambda: over(requests("embedded", GREEDY))) as store:
+    with filled(first, state, tmp_path, lambda: over(requests("short", GREEDY))) as store:
         for params in (GREEDY, SEEDED):
             before = hits(store)
-            found = over(requests("embedded", params))
+            found = over(requests("short", params))
             assert hits(store) > before
             check_answers(found, params, drafts, int8, prefilling, decoding)
         assert store.counters()[tier_of(state)].hits > 0
 
 
 def test_pages_are_found_only_by_those_with_the_same_salt(tmp_path):
-    engine, prompt = connected("embedded"), prompts("embedded")[-1]
+    engine, prompt = connected("short"), prompts("short")[-1]
     forget(engine)
     with stored(engine, open_store(StoreConfig())) as store:
         for salt, least in [("a", 0), ("b", 0), ("a", 64), ("b", 64), ("", 0)]:
@@ -136,9 +136,9 @@ def test_pages_are_found_only_by_those_with_the_same_salt(tmp_path):
 
 
 def test_several_answers_to_a_prompt_have_its_pages_from_the_store_once():
-    engine, params = connected("embedded"), replace(SEEDED, n=3)
+    engine, params = connected("short"), replace(SEEDED, n=3)
     forget(engine)
-    request = Request(str(next(NAMES)), prompts("embedded")[-1], params)
+    request = Request(str(next(NAMES)), prompts("short")[-1], params)
     (wanted,) = run(engine, [request])
     with stored(engine, open_store(StoreConfig())) as store:
         forget(engine)
@@ -157,11 +157,11 @@ def of_answer(outputs: list[Output], index: int) -> list[int]:
 
 
 def test_what_is_damaged_on_disk_is_computed_again(tmp_path):
-    engine = connected("embedded")
+    engine = connected("short")
     forget(engine)
     config = StoreConfig(memory=NOTHING, folder=tmp_path / "pages")
     with stored(engine, open_store(config)) as store:
-        assert answers(engine, requests("embedded", GREEDY)) == expected(GREEDY, 0, False)
+        assert answers(engine, requests("short", GREEDY)) == expected(GREEDY, 0, False)
         connector_of(engine).flush()
         assert store.flush(SECONDS)
         pages = [path for path in (tmp_path / "pages").rglob("*") if path.is_file() and path.stat().st_size > 1 << 14]
@@ -169,18 +169,18 @@ def test_what_is_damaged_on_disk_is_computed_again(tmp_path):
             content = path.read_bytes()
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         forget(engine)
-        assert answers(engine, requests("embedded", GREEDY)) == expected(GREEDY, 0, False)
+        assert answers(engine, requests("short", GREEDY)) == expected(GREEDY, 0, False)
         assert store.counters()["disk"].damaged > 0
 
 
 @pytest.fixture
 def ask() -> Callable[..., None]:
     """Asks an engine that has forgotten all; its answers are right, whatever happens meanwhile."""
-    engine, wanted = connected("embedded"), expected(GREEDY, 0, False)
+    engine, wanted = connected("short"), expected(GREEDY, 0, False)
 
     def ask(store: Store, fault: Callable[[], object] | None = None) -> None:
         forget(engine)
-        assert answers(engine, requests("embedded", GREEDY), fault) == wanted
+        assert answers(engine, requests("short", GREEDY), fault) == wanted
         connector_of(engine).flush()
         assert store.flush(SECONDS)
 
@@ -191,7 +191,7 @@ def ask() -> Callable[..., None]:
 @pytest.mark.xdist_group("connector 0 False")
 def test_a_shared_store_that_dies_and_comes_back_changes_no_answer(ask, tmp_path, opened):
     server = start(opened, tmp_path / "server", *free_ports(1))
-    with stored(connected("embedded"), open_store(StoreConfig(memory=NOTHING, url=server.url))) as store:
+    with stored(connected("short"), open_store(StoreConfig(memory=NOTHING, url=server.url))) as store:
         for fault in (None, server.kill, None, server.start):
             ask(store, fault)
         counters = store.counters()["shared"]
@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_changes_no_answer(ask, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     config = StoreConfig(memory=NOTHING, folder=tmp_path / "pages")
-    with stored(connected("embedded"), open_store(config)) as store:
+    with stored(connected("short"), open_store(config)) as store:
         with monkeypatch.context() as patch:
             ask(store, lambda: patch.setattr(disk.tempfile, "mkstemp", full))
             ask(store)
@@ -220,7 +220,7 @@ def test_a_disk_that_is_full_changes_no_answer(ask, tmp_path, monkeypatch):
 @pytest.mark.xdist_group("connector 0 False")
 def test_what_is_damaged_in_the_shared_store_is_computed_again(ask, tmp_path, opened):
     server = start(opened, tmp_path / "server", *free_ports(1))
-    with stored(connected("embedded"), open_store(StoreConfig(memory=NOTHING, url=server.url))) as store:
+    with stored(connected("short"), open_store(StoreConfig(memory=NOTHING, url=server.url))) as store:
         ask(store)
         for name in values_in(server):
             value = server.client.get(name)
@@ -235,7 +235,7 @@ def test_what_is_damaged_in_the_shared_store_is_computed_again(ask, tmp_path, op
 
 
 def test_few_who_wait_have_pages_in_memory():
-    engine, prompt = connected("embedded"), prompts("embedded")[-1]
+    engine, prompt = connected("short"), prompts("short")[-1]
     forget(engine)
     with stored(engine, open_store(StoreConfig())):
         run(engine, [Request(str(next(NAMES)), prompt, ASKED)])

@@ -13,7 +13,7 @@ from jaxserve.fleet.control import Control
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Instance, Role
 from jaxserve.request import SamplingParams
-from tests.jaxserve.conftest import EMBEDDED_SIZE, loaded
+from tests.jaxserve.conftest import EMBEDDED_SIZE, loaded, short_folder
 from tests.jaxserve.connected import FORMS, GREEDY, SEEDED, check_answers, requests
 from tests.jaxserve.fleet.conftest import listen
 from tests.jaxserve.tiers.conftest import start
@@ -46,7 +46,7 @@ class Stage:
     """A fleet with a prefill and a decode process of each size, of which two at a time are given something to do."""
 
     def __init__(self, drafts: int, int8: bool, opened: ExitStack, folder: Path):
-        cfg, _, tokenizer, *_ = loaded("embedded")
+        cfg, _, tokenizer, *_ = loaded("short")
         url, pages = start(opened, folder / "server", *free_ports(1)).url, str(folder / "pages")
         self.places = {"memory": f"memory,{pages},{url}", "disk": pages, "shared": url}
         self.fleet = Fleet(cfg, tokenizer, EMBEDDED_SIZE["max_model_len"])
@@ -63,7 +63,7 @@ class Stage:
             instance.draining = instance.about.ranks != (  # type: ignore[misc]
                 prefilling if instance.about.role == "prefill" else decoding
             )
-        asked = requests("embedded", params, cache_salt=f"{prefilling} {decoding} {params.temperature}")
+        asked = requests("short", params, cache_salt=f"{prefilling} {decoding} {params.temperature}")
         for request in asked:
             self.fleet.add(request)
         heard = listen(self.fleet)
@@ -95,7 +95,7 @@ class Stage:
         for ranks in RANKS:
             mesh = ("--devices", str(ranks), "--mesh", f"1x{ranks}") if ranks > 1 else ()
             cache = ("--context-cache", places) if places else ()
-            given = "serve", "--role", role, "--router", router, *SIZE, *self._form, *mesh, *cache
+            given = "serve", str(short_folder()), "--role", role, "--router", router, *SIZE, *self._form, *mesh, *cache
             started.append(self._opened.enter_context(process(*given, plant=FEW)))
         joined = lambda: len(self._instances(role)) == len(RANKS)  # noqa: E731
         eventually(lambda: joined() or any(each.process.poll() is not None for each in started), START_UP)
