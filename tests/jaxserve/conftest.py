@@ -71,6 +71,8 @@ def make_engine():
 
 
 SHORT = tempfile.TemporaryDirectory(prefix="jaxserve-short-")
+WRITTEN = "embedded", "short"
+"""Models that know texts; the others' tokens are words of their own."""
 
 
 @functools.cache
@@ -98,8 +100,7 @@ def loaded(name: str):
     """A checkpoint's engine parts, and its config and weights as published."""
     folder = {"embedded": lambda: EMBEDDED, "short": short_folder}.get(name, lambda: GOLDENS / name)()
     cfg, model = hf.load(folder, "float32")
-    written = name in ("embedded", "short")
-    tokenizer = Tokenizer.from_folder(folder) if written else word_tokenizer(cfg.vocab_size)
+    tokenizer = Tokenizer.from_folder(folder) if name in WRITTEN else word_tokenizer(cfg.vocab_size)
     weights = {key: np.asarray(tensor.read(), np.float64) for key, tensor in hf.open_folder(folder).items()}
     return cfg, model, tokenizer, hf.read_json(folder), weights
 
@@ -118,7 +119,7 @@ def engine(
         kv_cache_dtype=kv_cache_dtype,
     )
     if shape is None:
-        return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name == "embedded" else None)
+        return with_few_shapes(Engine(model, cfg, tokenizer, options), EMBEDDED_SHAPES if name in WRITTEN else None)
     mesh = make_mesh(*shape)
     placed = spread(model, cfg, mesh, in_order(cfg, mesh.size))
     shapes = MESH_SHAPES if microbatches == 1 else SHAPES_IN_PARTS

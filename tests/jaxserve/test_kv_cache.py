@@ -20,7 +20,7 @@ from tests.jaxserve.conftest import EMBEDDED_SIZE, MESH_SHAPES, engine, loaded, 
 from tests.jaxserve.test_product import ALONE, NEW, SAMPLED, check, expected, prompts
 
 CASES = {  # greedy or sampled, whole or chunked, cold or cached, alone or in a batch, undisturbed or preempted
-    ("embedded", 1): [
+    ("short", 1): [
         (True, False, False, False, False),
         (True, True, True, True, True),
         (True, True, False, True, False),
@@ -41,16 +41,16 @@ def test_tokens_are_those_of_an_oracle_that_rounds(name, drafts, sampled, chunke
     check(engine(name, drafts, kv_cache_dtype="int8"), name, sampled, chunked, hit, together, preempted)
 
 
-@pytest.mark.xdist_group("embedded")
+@pytest.mark.xdist_group("short")
 @pytest.mark.parametrize(("chunked", "hit", "preempted"), [(False, False, False), (True, True, True)])
 def test_on_eight_devices_and_in_microbatches_too(chunked, hit, preempted):
-    subject = engine("embedded", 1, (2, 4), 2, kv_cache_dtype="int8")
-    check(subject, "embedded", True, chunked, hit, True, preempted)
+    subject = engine("short", 1, (2, 4), 2, kv_cache_dtype="int8")
+    check(subject, "short", True, chunked, hit, True, preempted)
 
 
-@pytest.mark.xdist_group("embedded")
+@pytest.mark.xdist_group("short")
 def test_the_oracle_would_notice_if_nothing_were_rounded():
-    assert expected("embedded", True, "int8") != expected("embedded", True)
+    assert expected("short", True, "int8") != expected("short", True)
 
 
 def in_integers(shape: tuple[int, int] | None) -> Engine:
