@@ -13,7 +13,7 @@ from jaxserve.request import Handover
 ATTEMPTS = 3
 """Times that another engine is asked for the same pages."""
 AGAIN = "damaged", "dead", "refused"
-"""What may be otherwise when it is asked again: a link that has ended is made anew, and its other end lets go."""
+"""What may be otherwise when it is asked again: a link that has ended is made anew once, and its other end lets go."""
 SLOWEST = 1 << 20
 """Bytes a second of a link that is not given up as long as it moves."""
 PROBED = 2.0
@@ -37,7 +37,7 @@ class Peers(NamedTuple):
 
 
 class Pulls:
-    """What comes from other engines. One thread asks."""
+    """What comes from other engines. One thread asks; any may close it."""
 
     def __init__(self, layout: PageLayout, page_size: int, how: Peers):
         self.how, self._layout, self._page_size = how, layout, page_size
@@ -48,13 +48,14 @@ class Pulls:
         for address in [address for address, peer in self._peers.items() if peer.ended]:
             self._peers.pop(address).close()
         address = handover.host, handover.port
-        peer = self._peers.setdefault(address, Peer(address, self.how))
+        if address not in self._peers:
+            self._peers[address] = Peer(address, self.how)
         pages = -(-handover.tokens // self._page_size)
-        return peer.pull(handover, self._layout.like(pages), pages * self._layout.page_bytes)
+        return self._peers[address].pull(handover, self._layout.like(pages), pages * self._layout.page_bytes)
 
     def close(self) -> None:
         """Ends all links; what is asked for doesn't come."""
-        for peer in self._peers.values():
+        for peer in list(self._peers.values()):
             peer.close()
 
 
@@ -64,7 +65,7 @@ class Peer:
     def __init__(self, address: Address, how: Peers):
         self._address, self._how = address, how
         self._pool = ThreadPoolExecutor(1, "pull")
-        self._last: Future[Brought] | None = None
+        self._asked: list[Future[Brought]] = []  # what may not have come yet
         self._link: Receiver | None = None
         self._failed: tuple[float, TransferError] | None = None  # when no link could be made, and why
         self._closed = False
@@ -72,14 +73,14 @@ class Peer:
     @property
     def ended(self) -> bool:
         """Whether nothing is left of it but a thread."""
-        done = self._last is not None and self._last.done()
-        return done and (self._link is None or self._link.failure is not None)
+        return all(each.done() for each in self._asked) and (self._link is None or self._link.failure is not None)
 
     def pull(self, handover: Handover, like: Any, nbytes: int) -> "Future[Brought]":
         """So many bytes of pages, which are `like` that."""
         seconds = self._how.patience + nbytes / SLOWEST
-        self._last = self._pool.submit(self._pull, handover, like, seconds, time.monotonic())
-        return self._last
+        wanted = self._pool.submit(self._pull, handover, like, seconds, time.monotonic())
+        self._asked = [*(each for each in self._asked if not each.done()), wanted]
+        return wanted
 
     def close(self) -> None:
         self._closed = True
@@ -90,30 +91,35 @@ class Peer:
     # In its thread.
 
     def _pull(self, handover: Handover, like: Any, seconds: float, asked: float) -> Brought:
+        if self._failed and self._failed[0] > asked:
+            raise TransferError(str(self._failed[1]), self._failed[1].kind)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return Brought(0, handover.tokens, self._linked(asked).pull(handover.name, like, seconds).result())
+                return Brought(0, handover.tokens, self._linked().pull(handover.name, like, seconds).result())
             except TransferError as error:
-                if attempt == ATTEMPTS or error.kind not in AGAIN or self._closed:
+                if attempt == ATTEMPTS or error.kind not in AGAIN or self._closed or not self._link:
                     raise
                 time.sleep(LOOK)
         raise AssertionError
 
-    def _linked(self, asked: float) -> Receiver:
+    def _linked(self) -> Receiver:
         """The only link to it, whose sender closes the first if there is a second.
 
-        Where none could be made, all that was asked for before that fails with it: each would wait as long.
+        Where none can be made, that is not tried again for what was asked for before: each would wait as long.
         """
-        if self._failed and self._failed[0] > asked:
-            raise TransferError(str(self._failed[1]), self._failed[1].kind)
-        if self._link and not self._link.failure and self._link.probe(PROBED) == "dead":
+        if self._link and not self._link.failure:
+            if self._link.probe(PROBED) != "dead":
+                return self._link
             self._link.close()
-        elif self._link and not self._link.failure:
-            return self._link
+        self._link = None
+        if self._closed:
+            raise TransferError("the engine has been closed", "dead")
         how = {"patience": self._how.patience, "implementation": self._how.implementation}
         try:
             self._link = Receiver(self._address, self._how.token, self._how.name, **how)
         except TransferError as error:
             self._failed = time.monotonic(), TransferError(str(error), error.kind)
             raise
+        if self._closed:  # while it was made
+            self._link.close()
         return self._link

@@ -1,5 +1,6 @@
 """Tiny checkpoints with a tokenizer, and engines that serve them."""
 
+import atexit
 import functools
 import json
 import re
@@ -70,7 +71,6 @@ def make_engine():
     return make
 
 
-SHORT = tempfile.TemporaryDirectory(prefix="jaxserve-short-")
 WRITTEN = "embedded", "short"
 """Models that know texts; the others' tokens are words of their own."""
 
@@ -78,7 +78,8 @@ WRITTEN = "embedded", "short"
 @functools.cache
 def short_folder() -> Path:
     """The embedded model with the first and the last of its layers and with its MTP module: it compiles sooner."""
-    folder, config = Path(SHORT.name), json.loads((EMBEDDED / "config.json").read_text())
+    folder, config = Path(tempfile.mkdtemp(prefix="jaxserve-short-")), hf.read_json(EMBEDDED)
+    atexit.register(shutil.rmtree, folder)
     count = config["num_hidden_layers"]
     places = {0: 0, count - 1: 1, count: 2}
     tensors = {}

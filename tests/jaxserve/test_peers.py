@@ -1,5 +1,6 @@
 """Pages of other engines, over links that end, stall or don't come about."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -74,11 +75,10 @@ def test_a_link_that_does_not_answer_is_made_anew_before_pages_are_asked_for(ope
     assert links == {sender.address: 2} and eventually(lambda: old.failure)
 
 
-def test_where_no_link_can_be_made_nobody_who_asked_before_waits_for_another_failure(opened, links, monkeypatch):
-    monkeypatch.setattr(peers, "PROBED", 0.2)
+def test_where_no_link_can_be_made_nobody_who_asked_before_waits_for_another_failure(opened, links):
     sender = offering(opened, "a")
     address = opened.enter_context(wire(sender.address, stalling(GREETING)))
-    pulls = pulling(opened, patience=1.0)
+    pulls = pulling(opened, patience=3.0)
     waiting = [pulls.pull(Handover(*address, name, 8)) for name in "abcdef"]
     for each in waiting:
         with pytest.raises(TransferError):
@@ -87,6 +87,45 @@ def test_where_no_link_can_be_made_nobody_who_asked_before_waits_for_another_fai
     with pytest.raises(TransferError):
         pulls.pull(Handover(*address, "later", 8)).result(SOON)
     assert links == {address: 3}
+
+
+def test_who_leaves_takes_nothing_from_those_who_wait_before(opened, monkeypatch):
+    sender, other, pulls = offering(opened, *"ab"), offering(opened, "d"), pulling(opened)
+    greeted, dial = threading.Event(), peers.Receiver
+    monkeypatch.setattr(peers, "Receiver", lambda *given, **how: greeted.wait(SOON) and dial(*given, **how))
+    first, second, third = (pulls.pull(Handover(*sender.address, name, 8)) for name in "abc")
+    assert third.cancel()
+    elsewhere = pulls.pull(Handover(*other.address, "d", 8))
+    greeted.set()
+    for each in (first, second, elsewhere):
+        np.testing.assert_array_equal(each.result(SOON).pages, PAGE)
+
+
+def test_a_link_that_stalls_when_it_is_idle_is_noticed_by_a_probe(opened, links, monkeypatch):
+    monkeypatch.setattr(peers, "PROBED", 0.2)
+    sender, silent = offering(opened, *"ab"), threading.Event()
+    address = opened.enter_context(wire(sender.address, lambda data: None if silent.is_set() else data))
+    pulls = pulling(opened, patience=3.0)
+    pulls.pull(Handover(*address, "a", 8)).result(SOON)
+    silent.set()
+    with pytest.raises(TransferError):  # nobody answers the second link: a pull alone would have a minute
+        pulls.pull(Handover(*address, "b", 8)).result(SOON)
+    assert links == {address: 2} and "b" in sender.offers
+
+
+def test_no_link_is_left_that_was_made_while_all_was_closed(opened, monkeypatch):
+    sender, pulls, greeted, made = offering(opened, "a"), pulling(opened), threading.Event(), list[Receiver]()
+    dial = peers.Receiver
+    monkeypatch.setattr(
+        peers, "Receiver", lambda *given, **how: greeted.wait(SOON) and made.append(dial(*given, **how)) or made[0]
+    )
+    waits = pulls.pull(Handover(*sender.address, "a", 8))
+    assert eventually(waits.running)
+    pulls.close()
+    greeted.set()
+    with pytest.raises(TransferError):
+        waits.result(SOON)
+    assert eventually(lambda: made[0].failure)
 
 
 def test_nothing_is_left_of_an_engine_that_is_gone(opened):

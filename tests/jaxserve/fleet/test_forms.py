@@ -39,7 +39,7 @@ RANKS = 1, 2, 4
 CASES = list(itertools.product(RANKS, RANKS, (GREEDY, SEEDED)))
 """Ranks of prefill, ranks of decode, what is asked."""
 PAGES = 8
-"""Different full pages of what is asked."""
+"""Different pages of what is asked that can be found."""
 
 
 class Stage:
@@ -67,7 +67,7 @@ class Stage:
         for request in asked:
             self.fleet.add(request)
         heard = listen(self.fleet)
-        assert {each.last.finish_reason for each in heard.values()} == {"length"}
+        assert {each.last.finish_reason for each in heard.values()} == {"length"} and not self.fleet.tally.missed
         return [heard[request.id, 0].tokens for request in asked]
 
     def over(self, tier: str) -> None:
@@ -131,5 +131,5 @@ def test_what_its_context_cache_has_kept_changes_no_answer(stage, tier, request)
     before = stage.hits(tier)
     for prefilling, decoding, params in CASES:
         check_answers(stage.ask(prefilling, decoding, params), params, *form, prefilling, decoding)
-    most = PAGES * len(CASES) * 0.75  # the device has some, which another request of the same question has brought
-    assert eventually(lambda: stage.hits(tier) - before >= most)
+    least = PAGES * len(CASES) * 0.75  # the device has some, which another request of the same question has brought
+    assert eventually(lambda: stage.hits(tier) - before >= least)
