@@ -11,7 +11,7 @@ from tests.parallel.conftest import kinds
 from tests.parallel.hlo import Program, reached
 
 MOST, (ROWS,) = SHAPES_IN_PARTS.prefill[-1], SHAPES_IN_PARTS.decode
-ENGINES = [("deepseek_v2_lite", 0, (1, 8)), ("short", 1, (2, 4))]
+ENGINES = [("deepseek_v2_lite", 0, (1, 8)), ("embedded", 1, (2, 4))]
 """Those of `test_product`."""
 
 on_each = pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_tokens_are_those_of_the_oracle(name, drafts, sampled, chunked, hit, tog
 
 
 ON_MESHES = {  # with guesses or without; its answers greedy or sampled; of steps, the microbatches
-    ("short", 1, (2, 4), True, 2): [(False, False, False), (True, True, True)],
+    ("embedded", 1, (2, 4), True, 2): [(False, False, False), (True, True, True)],
     ("deepseek_v3", 0, (4, 2), True, 1): list(itertools.product([False, True], repeat=3)),
     ("deepseek_v2_lite", 0, (1, 8), False, 2): [(False, False, False), (True, True, True), (True, False, True)],
     ("qwen3_moe", 0, (2, 4), False, 1): [(False, False, False), (True, True, True), (False, True, True)],
