@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.counters import Counters
-from jaxserve.fleet.control import Control
+from jaxserve.fleet.control import PATIENCE, Control
 from jaxserve.fleet.health import Patience
 from jaxserve.fleet.instance import Local
 from jaxserve.fleet.worker import Worker
@@ -233,15 +233,16 @@ def test_an_instance_that_hangs_while_its_heart_beats_is_lost():
 
 
 def test_an_instance_that_hears_nothing_of_the_router_stops_its_work_and_dials_again():
-    with site(patience=Patience(dead_after=3.0)) as stage, closing(Way(stage.control.address)) as way:
+    with site(patience=Patience(dead_after=1.0)) as stage, closing(Way(stage.control.address)) as way:
         one, _, _ = stage.start("D1", router=way.address)
         stage.until(lambda: stage.states())
         stage.fleet.add(asked("x", (5,), 50, seed=3))
         begun = stage.answers(count=5)["x"]
         one.go.clear()
         way.silence()
-        # "nothing was heard of it", or what was has no end: the silence may begin within a message
-        stage.until(lambda: any(line.startswith("the router is gone: ") for line in stage.lines))
+        within = f"nothing has moved for {PATIENCE} s"  # if the silence began within a message
+        reasons = {f"the router is gone: {why}" for why in ("nothing was heard of it for 1 s", within)}
+        stage.until(lambda: reasons & set(stage.lines))
         one.go.set()
         stage.until(lambda: not one.busy)  # though nobody has said so
         rest = stage.answers()["x"]  # of the same instance, which has joined again
@@ -250,10 +251,10 @@ def test_an_instance_that_hears_nothing_of_the_router_stops_its_work_and_dials_a
 
 
 def test_a_router_that_has_nothing_to_say_is_not_taken_for_lost():
-    with site(patience=Patience(dead_after=3.0)) as stage:
+    with site(patience=Patience(dead_after=1.0)) as stage:
         stage.start("D1")
         stage.until(lambda: stage.states())
-        time.sleep(4.0)
+        time.sleep(2.0)
         assert len(stage.lines) == 1 and stage.states() == {"D1": ("decode", "healthy")}
 
 

@@ -46,12 +46,13 @@ class Stage:
     """A fleet with a prefill and a decode process of each size, of which two at a time are given something to do."""
 
     def __init__(self, drafts: int, int8: bool, opened: ExitStack, folder: Path):
+        self.form = drafts, int8
         cfg, _, tokenizer, *_ = loaded("short")
         url, pages = start(opened, folder / "server", *free_ports(1)).url, str(folder / "pages")
         self.places = {"memory": f"memory,{pages},{url}", "disk": pages, "shared": url}
         self.fleet = Fleet(cfg, tokenizer, EMBEDDED_SIZE["max_model_len"])
         self._control, self._opened = opened.enter_context(closing(Control(self.fleet, b"of the test"))), opened
-        self._form = "--num-speculative-tokens", str(drafts), *(("--quantization", "int8") if int8 else ())
+        self._words = "--num-speculative-tokens", str(drafts), *(("--quantization", "int8") if int8 else ())
         self._begin("decode")
         self._tier, self._prefills = "memory", self._begin("prefill", self.places["memory"])
         self.first = functools.cache(self.ask)
@@ -95,7 +96,7 @@ class Stage:
         for ranks in RANKS:
             mesh = ("--devices", str(ranks), "--mesh", f"1x{ranks}") if ranks > 1 else ()
             cache = ("--context-cache", places) if places else ()
-            given = "serve", str(short_folder()), "--role", role, "--router", router, *SIZE, *self._form, *mesh, *cache
+            given = "serve", str(short_folder()), "--role", role, "--router", router, *SIZE, *self._words, *mesh, *cache
             started.append(self._opened.enter_context(process(*given, plant=FEW)))
         joined = lambda: len(self._instances(role)) == len(RANKS)  # noqa: E731
         eventually(lambda: joined() or any(each.process.poll() is not None for each in started), START_UP)
@@ -115,21 +116,19 @@ forms = pytest.mark.parametrize(
 
 
 @forms
-def test_a_fleet_answers_as_one_engine(stage, request):
-    form = request.node.callspec.params["stage"]
+def test_a_fleet_answers_as_one_engine(stage):
     for prefilling, decoding, params in CASES:
-        check_answers(stage.first(prefilling, decoding, params), params, *form, prefilling, decoding)
+        check_answers(stage.first(prefilling, decoding, params), params, *stage.form, prefilling, decoding)
 
 
 @forms
 @pytest.mark.parametrize("tier", ["memory", "disk", "shared"])
-def test_what_its_context_cache_has_kept_changes_no_answer(stage, tier, request):
-    form = request.node.callspec.params["stage"]
+def test_what_its_context_cache_has_kept_changes_no_answer(stage, tier):
     for case in CASES:
         stage.first(*case)
     stage.over(tier)
     before = stage.hits(tier)
     for prefilling, decoding, params in CASES:
-        check_answers(stage.ask(prefilling, decoding, params), params, *form, prefilling, decoding)
+        check_answers(stage.ask(prefilling, decoding, params), params, *stage.form, prefilling, decoding)
     least = PAGES * len(CASES) * 0.75  # the device has some, which another request of the same question has brought
     assert eventually(lambda: stage.hits(tier) - before >= least)
