@@ -262,8 +262,11 @@ class Receiver(End):
             return
         self.counts.pulls += 1
         self.counts.nbytes += sum(array.nbytes for array in arrays)
-        self._finish(name).set_result(wanted.tree.unflatten(arrays))
-        self._frames.send(Kind.TAKEN, {"name": name})
+        future = self._finish(name)
+        try:
+            self._frames.send(Kind.TAKEN, {"name": name})  # first: whoever has it may ask for the name again
+        finally:
+            future.set_result(wanted.tree.unflatten(arrays))  # also if the sender never hears of it
 
     def _finish(self, name: str) -> Future[Any]:
         with self._lock:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,17 +15,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.waiting import SOON
+
 
 class Fake:
     """What a server does, by the prompt it is given.
 
     A prompt that begins with `refuse` is answered with 400, with `break` by a fault after a word, with `cut` by a
     stream that ends after a word, with `html` by a page, with `think` by two words of thoughts first; `full` is
-    answered with 429 once. A word takes `delay`.
+    answered with 429 once. A word takes `delay`; the first one comes when so many answers have been open `together`.
     """
 
-    def __init__(self, delay: float = 0.0, chat: bool = True, tokenizes: bool = True):
-        self.delay, self.chat, self.tokenizes = delay, chat, tokenizes
+    def __init__(self, delay: float = 0.0, chat: bool = True, tokenizes: bool = True, together: int = 0):
+        self.delay, self.chat, self.tokenizes, self.together = delay, chat, tokenizes, together
         self.asked: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.open = self.most_open = 0
@@ -81,6 +84,9 @@ class Fake:
         """A role first, in a chat, as others do; then words, then the reason of the end, then the counts."""
         if "messages" in body:
             yield {"choices": [{"delta": {"role": "assistant", "content": ""}}]}
+        end = time.monotonic() + SOON
+        while self.most_open < self.together and time.monotonic() < end:
+            await asyncio.sleep(0.001)
         for i in range(body["max_tokens"]):
             await asyncio.sleep(self.delay)
             word = f"w{i} "
