@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
-from jaxserve.folders import made_own
+from jaxserve.folders import make_own
 from jaxserve.origins import Options, devices_of, lowered_origin, origin
 
 LIMIT = 2**32
@@ -34,7 +34,11 @@ class Executables:
     """
 
     def __init__(self, folder: Path | None = None, limit: int = LIMIT):
-        self._folder, self._limit = folder if folder and made_own(folder) else None, limit
+        self._folder, self._limit = None, limit
+        with suppress(OSError):
+            if folder:
+                make_own(folder)
+                self._folder = folder
 
     def program(self, call: Any, options: Options) -> "Program":
         """One that is to be loaded or compiled. What it comes from is told here: settings of this thread count."""

@@ -6,17 +6,19 @@ import sys
 from pathlib import Path
 
 
-def made_own(folder: Path) -> bool:
-    """Makes the folder if there is none; whether nobody else can write to it, or put another in its place.
+def make_own(folder: Path) -> None:
+    """Makes the folder if there is none. Raises OSError if it can't be one to which nobody else can write.
 
-    What is loaded from it is trusted: programs are run, pages given to whoever asks.
+    What is loaded from it is trusted: programs are run, pages given to whoever asks. So nobody else may put another in
+    its place either.
     """
-    if sys.platform == "win32":  # where rights aren't told by bits
-        return False
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found, around = folder.lstat(), folder.parent.stat()
-    except OSError:
-        return False
-    replaceable = around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not replaceable
+    if sys.platform == "win32":
+        raise PermissionError("on Windows it isn't known who can write to a folder")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found, around = folder.lstat(), folder.parent.stat()
+    if found.st_uid != os.getuid():
+        raise PermissionError("it is another user's; name a folder of yours")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"others can write to it; take that right from them: chmod 700 {folder}")
+    if around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:
+        raise PermissionError(f"others can put another folder in its place; chmod o-w {folder.parent}")

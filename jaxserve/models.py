@@ -18,7 +18,7 @@ from jaxserve.checkpoints.blocks import LIMIT, Blocks, Manifest
 from jaxserve.checkpoints.hf import Progress
 from jaxserve.checkpoints.hub import EMBEDDED, locate
 from jaxserve.compilation import cache_folder
-from jaxserve.folders import made_own
+from jaxserve.folders import make_own
 from jaxserve.layers.config import Config
 from jaxserve.layers.transformer import Model
 from jaxserve.parallel.errors import ConfigError, RequestError
@@ -68,12 +68,8 @@ def open_cache(folder: str | Path | None = None, limit: int = LIMIT) -> Blocks:
         path = default_folder() if folder is None else Path(folder).expanduser()
     except RuntimeError as error:
         raise RequestError(f"--model-cache: name a folder, for there is no usual one: {error}") from None
-    if not made_own(path):
-        raise RequestError(
-            f"model_cache = {str(path)!r}: weights are kept in a folder that is yours, and that nobody else can write "
-            "to. Remove the rights of others (chmod 700), or name another folder"
-        )
     try:
+        make_own(path)
         return Blocks(path, limit)
     except OSError as error:
         raise RequestError(f"model_cache = {str(path)!r} can't be used: {error}") from None

@@ -42,7 +42,7 @@ class Frames:
     def __init__(self, connection: socket.socket, patience: float):
         connection.settimeout(TICK)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._patience = connection, patience
+        self._socket, self.patience = connection, patience
         self._writing = threading.Lock()
         self._closed = False
         self.moved = 0  # bytes, both ways
@@ -54,7 +54,8 @@ class Frames:
         told = json.dumps(words).encode()
         if len(told) > WORDS:
             raise TransferError(f"{len(told)} bytes of words; a frame may have {WORDS}: send fewer arrays", "refused")
-        if not self._writing.acquire(timeout=self._patience if wait is None else wait):
+        wait = self.patience if wait is None else wait
+        if not self._writing.acquire(timeout=min(wait, threading.TIMEOUT_MAX)):
             raise TransferError("something else has been sent for all this time", "dead")
         try:
             self._push(memoryview(HEAD.pack(kind, len(told)) + told))
@@ -138,8 +139,8 @@ class Frames:
         return TransferError(f"the link has ended: {'this end has closed it' if self._closed else why}", "dead")
 
     def _check(self, since: float) -> None:
-        if time.monotonic() - since > self._patience:
-            raise TransferError(f"nothing has moved for {self._patience} s", "dead")
+        if time.monotonic() - since > self.patience:
+            raise TransferError(f"nothing has moved for {self.patience} s", "dead")
 
     # Each end proves that it knows the token, by a code of what the other has just drawn.
 

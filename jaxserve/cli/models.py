@@ -43,6 +43,9 @@ def list_kept(model_cache: FolderOption = None) -> None:
 
     blocks = open_cache(model_cache)
     kept = blocks.kept()
+    if not kept:
+        notes.print(f"no model is kept in {blocks.folder}; `jaxserve models prefetch` keeps one", soft_wrap=True)
+        return
     users = mapped_by(blocks.folder, [each.manifest for each in kept])
     state = lambda each: (  # noqa: E731
         "damaged" if blocks.damaged(each.manifest, thorough=False) else "stale" if is_stale(each.manifest) else ""

@@ -92,7 +92,8 @@ class Children:
     def run(self, router: Sequence[str], instances: Mapping[str, Sequence[str]]) -> int:
         """Starts commands, the router's first, and waits until `end` is called or they have ended; gives the status.
 
-        An instance's command goes on with `--router` and the address that the router has told.
+        That is the router's; if it has ended by itself, or all instances have, it isn't 0. An instance's command goes
+        on with `--router` and the address that the router has told.
         """
         self._router = first = Child("router", router, self._environment, self._tell)
         while not first.told.wait(LOOK) and not self._end.is_set():
@@ -103,7 +104,7 @@ class Children:
                 self._instances.append(Child(name, given, self._environment, self._tell))
         failed = self._watch(first)
         status = self._stop(first)
-        return 1 if failed else status
+        return max(1, status) if failed else status
 
     def end(self) -> None:
         """All finish what they have, and end; the second time, they finish nothing. Any thread may, and signals."""

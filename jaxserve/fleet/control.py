@@ -7,7 +7,21 @@ import msgspec
 
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Event, Gone, Hear, Refused, Signs
-from jaxserve.fleet.wire import Abort, Add, Alive, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
+from jaxserve.fleet.wire import (
+    Abort,
+    Add,
+    Alive,
+    Hello,
+    Knock,
+    Leave,
+    Line,
+    Message,
+    Pulse,
+    Welcome,
+    encode,
+    expect,
+    send,
+)
 from jaxserve.parallel.errors import RequestError, TransferError
 from jaxserve.parallel.frames import Frames
 from jaxserve.parallel.gates import Gate
@@ -63,7 +77,13 @@ class Control:
     """Listens for instances that know the token."""
 
     def __init__(self, fleet: Fleet, token: bytes, *, host: str = "127.0.0.1", port: int = 0, period: float = 0.5):
-        """Port 0 is any that is free. Raises RequestError if it can't listen there."""
+        """Port 0 is any that is free; both ends give signs once in a `period`, in seconds.
+
+        Raises RequestError if it can't listen there, or instances would be lost between two signs.
+        """
+        dead_after = fleet.options.patience.dead_after
+        if not 0 < period < dead_after:
+            raise RequestError(f"period = {period:g}: it must be above 0, and below dead_after, {dead_after:g}")
         self._fleet, self._period = fleet, period
         try:
             self._gate = Gate(host, port, token, PATIENCE, self._serve, "fleet instance")
@@ -77,7 +97,11 @@ class Control:
 
     def _serve(self, frames: Frames) -> None:
         try:
-            remote = self._welcome(frames)
+            first = expect(frames, PATIENCE)
+            if isinstance(first, Knock):
+                frames.close()
+                return
+            remote = self._welcome(first, frames)
             if self._gate.closed:  # since then; whoever closes the fleet may have missed it
                 remote.close()
             remote.run()
@@ -85,8 +109,7 @@ class Control:
             log.warning("an instance was not let in: %s", error)
             frames.close()
 
-    def _welcome(self, frames: Frames) -> Remote:
-        hello = expect(frames, PATIENCE)
+    def _welcome(self, hello: Message, frames: Frames) -> Remote:
         if not isinstance(hello, Hello):
             raise TransferError(f"it begins with {type(hello).__name__}, not with Hello", "refused")
         remote = Remote(hello, frames, Welcome(self._period, self._fleet.options.patience.dead_after))

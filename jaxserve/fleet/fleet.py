@@ -312,7 +312,7 @@ class Fleet:
         if job.target is None:
             return False
         near = [load for load in prefills if (load.name, job.target) not in doubts]
-        where = choose_prefill(near, job.tokens, {job.avoid})
+        where = choose_prefill(near, job.tokens, self.members.doubtful() | {job.avoid})
         stage, name = ("prefill", where) if where else ("decode", job.target)
         instance = self.members.get(name)
         if instance is None:
@@ -327,7 +327,8 @@ class Fleet:
         """The decode instance that is to have a job, whose pages come from one of the sources."""
         loads = self.members.decode_loads(others)
         far = unreached(doubts, sources, [load.name for load in loads])
-        return choose_decode(loads, job.tokens, self.options.ahead, far | {job.avoid})
+        avoid = far | self.members.doubtful() | {job.avoid}
+        return choose_decode(loads, job.tokens, self.options.ahead, avoid)
 
     def _hear_of(self, job: Job, name: str, output: Output, good: bool) -> None:
         """Moves a job on by an output of the instance that works on it."""

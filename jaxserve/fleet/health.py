@@ -13,6 +13,10 @@ class Patience(NamedTuple):
     dead_after: float = 5.0  # nothing was heard of it
 
 
+QUIET = 0.5
+"""Of `dead_after`; who is silent for so long may be lost."""
+
+
 class Vital:
     """What was heard of one instance, and when. Times are of any clock that doesn't go back."""
 
@@ -25,6 +29,10 @@ class Vital:
         self.heard_at = now
         if beat != self._beat or not busy:
             self._beat, self.turned_at = beat, now
+
+    def doubtful(self, now: float, patience: Patience) -> bool:
+        """Whether what is given to it may wait: it is slow at least, or silent."""
+        return self.health(now, patience) != "healthy" or now - self.heard_at > QUIET * patience.dead_after
 
     def health(self, now: float, patience: Patience) -> Health:
         """How it is. While nothing is heard of it, it isn't known whether its loop turns."""

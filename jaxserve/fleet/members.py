@@ -78,6 +78,11 @@ class Members:
         """Those that may be given something."""
         return [each.instance for each in self if each.instance.about.role == role and self._state(each) in WELL]
 
+    def doubtful(self) -> set[str]:
+        """Names of those that get something only if nobody else can have it."""
+        now = self._clock()
+        return {each.instance.about.name for each in self if self._vital(each).doubtful(now, self.patience)}
+
     def states(self) -> dict[str, tuple[Role, State]]:
         """How each is, by name."""
         return {each.instance.about.name: (each.instance.about.role, self._state(each)) for each in self}
@@ -96,9 +101,13 @@ class Members:
         return "draining" if health in WELL and member.instance.draining else health
 
     def _health(self, member: Member) -> Health:
+        return self._vital(member).health(self._clock(), self.patience)
+
+    @staticmethod
+    def _vital(member: Member) -> Vital:
         signs = member.instance.signs
         member.vital.hear(signs.at, signs.beat, signs.busy)
-        return member.vital.health(self._clock(), self.patience)
+        return member.vital
 
     def _reason(self, health: Health) -> str:
         if health == "dead":

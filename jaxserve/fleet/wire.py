@@ -26,6 +26,10 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
     signs: Signs
 
 
+class Knock(msgspec.Struct, tag=True, frozen=True):
+    """Of an instance that only wants to know whether it will be let in; the line ends with it."""
+
+
 class Welcome(msgspec.Struct, tag=True, frozen=True):
     """The router's answer: the instance has joined; both give signs so often, and are lost without any for so long."""
 
@@ -59,7 +63,7 @@ class Leave(msgspec.Struct, tag=True, frozen=True):
     """The instance will finish what it has; and the router's answer: nothing more comes."""
 
 
-Message = Hello | Welcome | Add | Abort | Pulse | Alive | Leave | Said | Refused | Gone
+Message = Hello | Knock | Welcome | Add | Abort | Pulse | Alive | Leave | Said | Refused | Gone
 
 
 def encode(message: Message) -> bytes:
@@ -130,8 +134,9 @@ class Line:
     """
 
     def __init__(self, frames: Frames, pulse: Callable[[], Message], period: float, dead_after: float = float("inf")):
-        """Times are in seconds; the line ends if nothing is heard for `dead_after`."""
+        """Times are in seconds; the line ends if nothing is heard for `dead_after`, be it amid a message."""
         self._frames, self._pulse, self._period, self._dead_after = frames, pulse, period, dead_after
+        frames.patience = dead_after
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
 
     def say(self, message: Message) -> None:
@@ -149,11 +154,15 @@ class Line:
                     hear(message)
                     heard = time.monotonic()
                 elif time.monotonic() - heard > self._dead_after:
-                    raise TransferError(f"nothing was heard of it for {self._dead_after:g} s", "dead")
+                    return self._silent
         except TransferError as error:
-            return error
+            return self._silent if time.monotonic() - heard > self._dead_after else error
         finally:
             self.cut()
+
+    @property
+    def _silent(self) -> TransferError:
+        return TransferError(f"nothing was heard of it for {self._dead_after:g} s", "dead")
 
     def close(self) -> None:
         """Ends it when what was said before is sent."""

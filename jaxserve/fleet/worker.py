@@ -4,12 +4,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from jaxserve.engine import Engine
 from jaxserve.fleet.control import PATIENCE
 from jaxserve.fleet.instance import Event, Gone, Local, Refused, Role, about
-from jaxserve.fleet.wire import Abort, Add, Hello, Leave, Line, Message, Pulse, Welcome, encode, expect, send
+from jaxserve.fleet.wire import Abort, Add, Hello, Knock, Leave, Line, Message, Pulse, Welcome, encode, expect, send
 from jaxserve.llm import LLM
 from jaxserve.parallel.errors import EngineError, RequestError, TransferError
 from jaxserve.parallel.frames import TICK, Frames, dial
@@ -17,6 +18,9 @@ from jaxserve.peers import Peers
 
 BACKOFF = 0.1, 5.0
 """Seconds before the router is dialled again: the first time, and at most."""
+
+SHORT = 2.0
+"""Seconds that a router has to answer the first time."""
 
 OFFERED = 600.0
 """Seconds that pages wait for an instance that has a slot for their answer."""
@@ -143,12 +147,28 @@ class WorkerOptions:
     drain_timeout: float = 60.0  # seconds, to finish what it has been given when it is to leave
 
 
+def knock(router: tuple[str, int], token: bytes, tell: Callable[[str], object]) -> None:
+    """Asks whether an instance will be let in, before it takes minutes to load; a router that isn't there may come.
+
+    Raises RequestError if it has another token.
+    """
+    try:
+        with closing(Frames(dial(router, SHORT), PATIENCE)) as frames:
+            frames.enter(token)
+            send(frames, encode(Knock()))
+    except TransferError as error:
+        if error.kind == "refused":
+            raise RequestError(f"{error}; give both the same --fleet-token") from None
+        tell(f"there is no router yet: {error}")
+
+
 def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Callable[[str], object]) -> None:
     """Serves as an instance until a signal ends it; the second one finishes nothing.
 
     `load` is given with whom pages are exchanged, and whether they are to be had here. Raises what it and `Worker.run`
     raise.
     """
+    knock(options.router, options.token, tell)
     peers = Peers(options.token, options.name, host=options.host, seconds=OFFERED)
     llm = load(peers, options.role == "prefill")
     engine = llm.engine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from jaxserve.folders import made_own
+from jaxserve.folders import make_own
 from jaxserve.parallel.errors import RequestError
 from jaxserve.tiers.counters import Tally
 from jaxserve.tiers.index import PATIENCE, Entry, Index
@@ -37,11 +37,10 @@ class DiskTier:
 
     def __init__(self, folder: Path, limits: Limits):
         """Makes the folder if there is none; a RequestError if it can't, or if others can write to it."""
-        if not made_own(folder):
-            raise RequestError(
-                f"{folder}: pages are kept in a folder that is yours, and that nobody else can write to. Remove the "
-                f"rights of others (chmod 700 {folder}), or name another folder"
-            )
+        try:
+            make_own(folder)
+        except OSError as error:
+            raise RequestError(f"pages can't be kept in {folder}: {error}") from None
         self.tally = Tally()
         self._folder, self._limits = folder, limits
         self._index = self._open()

@@ -108,7 +108,7 @@ def test_a_full_disk_is_told_and_the_model_runs_all_the_same(tiny_folder, tmp_pa
 def test_a_folder_that_others_can_write_to_is_refused_and_the_user_s_is_passed_over(tiny_folder, tmp_path, home):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    with pytest.raises(RequestError, match="nobody else can write"):
+    with pytest.raises(RequestError, match="can't be used: others can write to it"):
         load(tiny_folder, model_cache=tmp_path / "open")
     home.mkdir(parents=True)
     home.chmod(0o777)

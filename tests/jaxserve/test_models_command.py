@@ -36,6 +36,8 @@ def test_what_is_prefetched_is_listed_checked_and_evicted(tiny_folder, home, tmp
     removed = models("evict", name, **home)
     assert removed.stdout.startswith(f"removed {name} (float32, int8)")
     assert list(block.parent.iterdir()) == []
+    empty = models("list", **home)
+    assert (empty.returncode, empty.stdout) == (0, "") and "no model is kept in" in empty.stderr
     assert "nothing to evict" in models("evict", **home).stderr
     assert models("evict", name, **home).returncode == 2
 

@@ -69,16 +69,17 @@ def test_a_child_that_dies_is_told_and_the_others_go_on():
 
 
 @pytest.mark.parametrize(
-    ("router", "instance", "line"),
+    ("router", "instance", "line", "status"),
     [
-        (ROUTER, "raise SystemExit(2)", ("router", "has no instance left")),
-        (ROUTER.replace("time.sleep(60)", "time.sleep(1)"), INSTANCE, ("router", "is gone: ended with status 0")),
-        ("raise SystemExit(2)", INSTANCE, ("router", "is gone: ended with status 2")),
+        (ROUTER, "raise SystemExit(2)", ("router", "has no instance left"), 1),
+        (ROUTER.replace("time.sleep(60)", "time.sleep(1)"), INSTANCE, ("router", "is gone: ended with status 0"), 1),
+        ("raise SystemExit(2)", INSTANCE, ("router", "is gone: ended with status 2"), 2),
+        ("import os; os.kill(os.getpid(), 9)", INSTANCE, ("router", "is gone: killed by SIGKILL"), 1),
     ],
 )
-def test_without_the_router_or_any_instance_all_end_with_status_1(router, instance, line):
+def test_without_the_router_or_any_instance_all_end_with_a_status_that_says_so(router, instance, line, status):
     show = Show(router, {"a": instance})
-    assert show.status() == 1
+    assert show.status() == status
     assert line in show.lines
 
 

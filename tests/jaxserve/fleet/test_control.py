@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxserve.counters import Counters
-from jaxserve.fleet.control import PATIENCE, Control
+from jaxserve.fleet.control import Control
 from jaxserve.fleet.health import Patience
 from jaxserve.fleet.instance import Local
-from jaxserve.fleet.worker import Worker
+from jaxserve.fleet.worker import Worker, knock
 from jaxserve.parallel.errors import EngineError, RequestError
 from jaxserve.request import Output
 from jaxserve.serving import Memory
@@ -240,9 +240,7 @@ def test_an_instance_that_hears_nothing_of_the_router_stops_its_work_and_dials_a
         begun = stage.answers(count=5)["x"]
         one.go.clear()
         way.silence()
-        within = f"nothing has moved for {PATIENCE} s"  # if the silence began within a message
-        reasons = {f"the router is gone: {why}" for why in ("nothing was heard of it for 1 s", within)}
-        stage.until(lambda: reasons & set(stage.lines))
+        stage.until(lambda: "the router is gone: nothing was heard of it for 1 s" in stage.lines)
         one.go.set()
         stage.until(lambda: not one.busy)  # though nobody has said so
         rest = stage.answers()["x"]  # of the same instance, which has joined again
@@ -310,6 +308,26 @@ def test_who_does_not_know_the_token_or_does_not_fit_is_sent_away_with_the_reaso
         assert "lets nobody in who has another token" in first
         assert second == "max_model_len = 64: the router's is 128; give both the same"
         assert not stage.states()
+
+
+def test_who_knocks_learns_whether_it_will_be_let_in_and_has_not_joined(caplog):
+    with site() as stage:
+        knock(stage.control.address, TOKEN, stage.lines.append)
+        with pytest.raises(RequestError, match="has another token: .*give both the same --fleet-token"):
+            knock(stage.control.address, b"another", stage.lines.append)
+        assert not stage.lines
+        knock(("127.0.0.1", 1), TOKEN, stage.lines.append)
+        assert stage.lines[0].startswith("there is no router yet: 127.0.0.1:1 does not answer")
+        stage.start("D1")
+        stage.until(lambda: stage.states())
+        assert "an instance was not let in" not in caplog.text
+
+
+@pytest.mark.parametrize("period", [0, -1.0, 2.0, 3.0])
+def test_instances_that_would_be_lost_between_two_signs_are_refused(period):
+    fleet = make_fleet(patience=Patience(dead_after=2.0))
+    with pytest.raises(RequestError, match=f"period = {period:g}: it must be above 0, and below dead_after, 2"):
+        Control(fleet, TOKEN, period=period)
 
 
 def test_an_instance_waits_for_a_router_and_says_so_once():

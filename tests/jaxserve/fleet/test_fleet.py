@@ -405,6 +405,33 @@ def test_an_instance_that_is_silent_or_hangs_is_lost_and_one_that_is_slow_is_kep
     assert all(stage.tokens(str(i)) == said((5,), i, 4) for i in range(3))
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_one_that_is_silent_or_slow_gets_something_only_if_nobody_else_can_have_it(role):
+    stage = Stage(patience=Patience(slow_after=1, dead_after=10))
+    stage.join("D", "decode")
+    first, second = stage.join("A", role), stage.join("B", role)
+    if role == "decode":
+        stage.fakes.pop(0).draining = True
+    first.silent = True
+    stage.clock.now += 6
+    for i in range(3):
+        stage.fleet.add(asked(str(i), (5,), seed=i))
+    assert (len(first.given), len(second.given)) == (0, 3)
+    first.silent = False
+    stage.clock.now += 2  # in which the second has made no step, though it has work
+    stage.fleet.add(asked("3", (5,), seed=3))
+    assert (len(first.given), len(second.given)) == (1, 3)
+    second.die()
+    stage.step()
+    first.silent = True
+    stage.clock.now += 6
+    stage.fleet.add(asked("4", (5,), seed=4))
+    assert len(first.given) == 5
+    first.silent = False
+    stage.run()
+    assert all(stage.tokens(str(i)) == said((5,), i, 4) for i in range(5))
+
+
 def test_an_instance_that_drains_finishes_and_gets_nothing_more():
     stage = Stage()
     one, two = stage.join("D1", "decode"), stage.join("D2", "decode")

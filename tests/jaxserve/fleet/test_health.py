@@ -32,6 +32,16 @@ def test_time_that_was_spent_idle_does_not_count():
     assert heard((1.0, 1, False), (100.0, 1, False), (101.0, 1, True)) == "healthy"
 
 
+def test_what_is_given_to_one_that_is_slow_or_silent_may_wait():
+    vital = Vital(0.0)
+    vital.hear(1.0, 1, True)
+    assert [vital.doubtful(now, PATIENCE) for now in (1.0, 3.4, 3.6, 6.1)] == [False, False, True, True]
+    vital.hear(7.0, 1, True)
+    assert vital.health(7.0, PATIENCE) == "slow" and vital.doubtful(7.0, PATIENCE)
+    vital.hear(7.1, 2, True)
+    assert not vital.doubtful(7.1, PATIENCE)
+
+
 def test_one_that_is_silent_is_dead_and_not_thought_to_hang():
     vital = Vital(0.0)
     vital.hear(1.0, 1, True)

@@ -2,6 +2,8 @@
 
 import math
 import socket
+import threading
+from contextlib import closing
 from dataclasses import fields, replace
 
 import numpy as np
@@ -11,7 +13,21 @@ from hypothesis import strategies as st
 
 from jaxserve.counters import Counters
 from jaxserve.fleet.instance import About, Gone, Refused, Said, Signs
-from jaxserve.fleet.wire import Abort, Add, Alive, Hello, Leave, Pulse, Welcome, decode, encode, receive
+from jaxserve.fleet.wire import (
+    Abort,
+    Add,
+    Alive,
+    Hello,
+    Knock,
+    Leave,
+    Line,
+    Pulse,
+    Welcome,
+    decode,
+    encode,
+    receive,
+    send,
+)
 from jaxserve.identity import Identity
 from jaxserve.parallel.errors import RequestError, TransferError
 from jaxserve.parallel.frames import Frames
@@ -80,6 +96,7 @@ abouts = st.builds(
 )  # fmt: skip
 messages = st.one_of(
     st.builds(Hello, abouts, signs),
+    st.just(Knock()),
     st.builds(Welcome, floats, floats),
     st.builds(Add, requests),
     st.builds(Abort, names),
@@ -126,19 +143,44 @@ def test_text_that_no_wire_can_carry_is_refused():
         encode(Add(replace(request, params=SamplingParams(structured_outputs=StructuredOutputs(json={"a": object()})))))
 
 
-@pytest.mark.parametrize("words", [{"size": -1}, {"size": 2**40}, {"size": "x"}, {}])
-def test_a_message_that_makes_no_sense_ends_the_line(words):
+@pytest.fixture
+def ends():
+    """Of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours = socket.create_connection(listener.getsockname())
         theirs, _ = listener.accept()
-    sender, receiver = Frames(ours, 5.0), Frames(theirs, 5.0)
-    try:
-        sender.send(0, words)
-        with pytest.raises(TransferError, match="a message has"):
-            receive(receiver)
-        sender.send(0, {"size": 3}, [memoryview(b"\xc1\xc1\xc1")])
-        with pytest.raises(TransferError, match="makes no sense"):
-            receive(receiver)
-    finally:
-        sender.close()
-        receiver.close()
+    with closing(Frames(ours, 5.0)) as sender, closing(Frames(theirs, 5.0)) as receiver:
+        yield sender, receiver
+
+
+@pytest.mark.parametrize("words", [{"size": -1}, {"size": 2**40}, {"size": "x"}, {}])
+def test_a_message_that_makes_no_sense_ends_the_line(ends, words):
+    sender, receiver = ends
+    sender.send(0, words)
+    with pytest.raises(TransferError, match="a message has"):
+        receive(receiver)
+    sender.send(0, {"size": 3}, [memoryview(b"\xc1\xc1\xc1")])
+    with pytest.raises(TransferError, match="makes no sense"):
+        receive(receiver)
+
+
+@pytest.mark.parametrize("begun", [b"", b"\0", b"\0\0\0\0\x0bnot all of"])
+def test_a_line_that_falls_silent_ends_in_time_be_it_amid_a_message(ends, begun):
+    sender, receiver = ends
+    send(sender, encode(Alive()))
+    sender._push(memoryview(begun))
+    heard = []
+    assert str(Line(receiver, Alive, 60.0, 0.3).run(heard.append)) == "nothing was heard of it for 0.3 s"
+    assert heard == [Alive()]
+
+
+def test_a_line_on_which_silence_is_somebody_else_s_to_judge_ends_with_the_connection(ends):
+    sender, receiver = ends
+    sender._push(memoryview(b"\0"))
+    line, reasons = Line(receiver, Alive, 0.01), []
+    thread = threading.Thread(target=lambda: reasons.append(line.run(lambda _: None)))
+    thread.start()
+    assert receive(sender) == Alive()
+    sender.close()
+    thread.join(5.0)
+    assert "the other end has closed it" in str(reasons[0]) or "reset" in str(reasons[0])
