@@ -32,6 +32,8 @@ SMALL = 2**16
 SPARE_FILES = 1024
 """That a process can open besides those that it maps."""
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+MANIFESTS = "manifests"
+"""The folder in it that is made first, by which others know it."""
 _SWEEP = "sweep.lock"
 _UNFINISHED = "unfinished-"
 
@@ -88,7 +90,7 @@ class Blocks:
     def __init__(self, folder: Path, limit: int = LIMIT):
         """Makes the folder if there is none; raises OSError if it can't."""
         self.folder, self.limit = folder, limit
-        for name in ("blocks", "manifests", "checked", "locks"):
+        for name in (MANIFESTS, "blocks", "checked", "locks"):
             (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     # What is there.
@@ -96,7 +98,7 @@ class Blocks:
     def kept(self) -> list[Kept]:
         """All manifests, the last used first."""
         found = []
-        for path in (self.folder / "manifests").glob("[0-9a-f]*"):  # _UNFINISHED aren't
+        for path in (self.folder / MANIFESTS).glob("[0-9a-f]*"):  # _UNFINISHED aren't
             with suppress(OSError):  # others remove some
                 used = path.stat().st_mtime
                 if manifest := self.find(path.name):
@@ -105,7 +107,7 @@ class Blocks:
 
     def find(self, key: str) -> Manifest | None:
         """The manifest with a key; one that is damaged is removed."""
-        path = self.folder / "manifests" / key
+        path = self.folder / MANIFESTS / key
         try:
             manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
             if manifest.key == key and all(array.nbytes for array in manifest.arrays.values()):
@@ -136,7 +138,7 @@ class Blocks:
         except FileNotFoundError:  # another process has removed it
             return None
         with suppress(FileNotFoundError):
-            _touch(self.folder / "manifests" / key)
+            _touch(self.folder / MANIFESTS / key)
         return arrays
 
     def damaged(self, manifest: Manifest, thorough: bool = True) -> list[str]:
@@ -185,7 +187,7 @@ class Blocks:
         _sync(self.folder / "blocks")
         manifest = Manifest(model, version, form, found)
         self._note_checked(manifest.key)
-        _write(path := self.folder / "manifests" / manifest.key, msgspec.json.encode(manifest))
+        _write(path := self.folder / MANIFESTS / manifest.key, msgspec.json.encode(manifest))
         _touch(path)
         return manifest
 
@@ -218,7 +220,7 @@ class Blocks:
 
     def remove(self, key: str) -> None:
         """Removes a manifest; its blocks go with the next sweep."""
-        for kind in ("manifests", "checked"):
+        for kind in (MANIFESTS, "checked"):
             (self.folder / kind / key).unlink(missing_ok=True)
 
     def sweep(self) -> None:
@@ -228,7 +230,7 @@ class Blocks:
                 return
             manifests = [each.manifest for each in self.kept()]
             wanted = {name for manifest in manifests for name in manifest.blocks} | {each.key for each in manifests}
-            for kind in ("blocks", "manifests", "checked"):
+            for kind in ("blocks", MANIFESTS, "checked"):
                 for path in (self.folder / kind).iterdir():
                     if path.name not in wanted:
                         path.unlink(missing_ok=True)
@@ -305,7 +307,7 @@ def _write(path: Path, data: Any) -> None:
     except BaseException:
         Path(unfinished).unlink(missing_ok=True)
         raise
-    if path.parent.name == "manifests":
+    if path.parent.name == MANIFESTS:
         _sync(path.parent)
 
 

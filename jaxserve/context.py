@@ -42,10 +42,13 @@ def store_at(places: str, memory_gb: float, disk_gb: float, shared_gb: float) ->
         elif "/" in place and "://" not in place and folder is None:
             folder = Path(place).expanduser()
         elif place != "memory":
-            raise RequestError(
-                f"--context-cache {places}: {place!r} is none of memory, disk, ./FOLDER and redis://HOST:PORT, or the "
-                "second of its kind"
+            second = place == "disk" or "/" in place
+            reason = (
+                "is the second of its kind"
+                if second
+                else f"is none of memory, disk, a folder (./{place}) and a server (redis://HOST:PORT)"
             )
+            raise RequestError(f"--context-cache {places}: {place!r} {reason}")
     memory, disk, shared = (Limits(int(gb * 2**30)) for gb in (memory_gb, disk_gb, shared_gb))
     return StoreConfig(memory=memory, folder=folder, disk=disk, url=url, shared=shared)
 

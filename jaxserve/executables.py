@@ -10,18 +10,21 @@ import pickle
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from filelock import FileLock
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 from jaxserve.folders import make_own
 from jaxserve.origins import Options, devices_of, lowered_origin, origin
 
+WAIT = 300.0
+"""Seconds that a process waits for another that compiles what it wants."""
 LIMIT = 2**32
 """Bytes of all that is kept; what wasn't used for longest goes first."""
 
@@ -38,6 +41,8 @@ class Executables:
         with suppress(OSError):
             if folder:
                 make_own(folder)
+                self._locks = folder.with_name(f"{folder.name}-locks")
+                self._locks.mkdir(mode=0o700, exist_ok=True)
                 self._folder = folder
 
     def program(self, call: Any, options: Options) -> "Program":
@@ -52,15 +57,28 @@ class Executables:
         return self._load(lowered.decode(), call) if lowered else None
 
     def compile(self, call: Any, lowered: Any, options: Options, name: str, source: str | None) -> Any:
-        """Gives a lowered program, and keeps it unless JAX had it in its own cache."""
+        """Gives a lowered program, and keeps it unless JAX had it in its own cache.
+
+        Of several processes that want the same at once, one compiles it, and the others wait.
+        """
         compiled = self._load(name, call)
-        if compiled is None:
-            compiled, fresh = _compile(lowered, options)
-            if not fresh or not self._keep(name, compiled):
-                return compiled
+        with nullcontext() if compiled else self._alone(name):
+            compiled = compiled or self._load(name, call)
+            if compiled is None:
+                compiled, fresh = _compile(lowered, options)
+                if not fresh or not self._keep(name, compiled):
+                    return compiled
         if source:
             self._write(source, name.encode())
         return compiled
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """While nobody else does, but nobody waits for ever."""
+        with ExitStack() as held:
+            with suppress(OSError, NotImplementedError):  # the time is over, or the file system has no locks
+                held.enter_context(FileLock(self._locks / name[:2], timeout=WAIT, mode=0o600))
+            yield
 
     def _load(self, name: str, call: Any) -> Any | None:
         data = self._read(name)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.checkpoints import cached, hf, store
-from jaxserve.checkpoints.blocks import LIMIT, Blocks, Manifest
+from jaxserve.checkpoints.blocks import LIMIT, MANIFESTS, Blocks, Manifest
 from jaxserve.checkpoints.hf import Progress
 from jaxserve.checkpoints.hub import EMBEDDED, locate
 from jaxserve.compilation import cache_folder
@@ -69,7 +69,7 @@ def open_cache(folder: str | Path | None = None, limit: int = LIMIT) -> Blocks:
     except RuntimeError as error:
         raise RequestError(f"--model-cache: name a folder, for there is no usual one: {error}") from None
     try:
-        make_own(path)
+        make_own(path, MANIFESTS)
         return Blocks(path, limit)
     except OSError as error:
         raise RequestError(f"model_cache = {str(path)!r} can't be used: {error}") from None

@@ -1,5 +1,6 @@
-"""How far long work is, as a bar on the terminal."""
+"""How far long work is, as a bar on the terminal, or in lines."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -37,6 +38,21 @@ def bar() -> Iterator[Progress]:
             shown.update(task, description=stage, completed=done, total=total, amount=amount(stage, done, total))
 
         yield show
+
+
+def lines(
+    tell: Callable[[str], object], seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
+) -> Progress:
+    """A line about what has taken so many seconds, and another each time that it has taken as many more."""
+    told = clock()
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal told
+        if clock() - told >= seconds:
+            told = clock()
+            tell(f"{stage}: {amount(stage, done, total)}")
+
+    return show
 
 
 def amount(stage: str, done: int, total: int) -> str:

@@ -44,6 +44,7 @@ class Frames:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self.patience = connection, patience
         self._writing = threading.Lock()
+        self.peer = _peer(connection)
         self._closed = False
         self.moved = 0  # bytes, both ways
 
@@ -165,6 +166,13 @@ class Frames:
             raise TransferError(f"the sender lets nobody in who has another token: {error}", "refused") from error
         if not hmac.compare_digest(proof, _proof(token, b"sender", theirs, mine)):
             raise TransferError("the sender does not know the token", "refused")
+
+
+def _peer(connection: socket.socket) -> str:
+    try:
+        return ":".join(map(str, connection.getpeername()[:2]))
+    except OSError:  # it has gone already
+        return "somebody"
 
 
 def dial(address: tuple[str, int], patience: float) -> socket.socket:

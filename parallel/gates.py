@@ -79,7 +79,7 @@ class Gate:
         except TransferError as error:
             frames.close()
             if error.kind == "refused":
-                log.warning("%s: somebody was not let in: %s", self._name, error)
+                log.warning("%s: %s was not let in: %s", self._name, frames.peer, error)
             return
         finally:
             with self._lock:

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
@@ -12,6 +12,8 @@ from jaxserve.cli.show import notes
 from jaxserve.parallel.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
+    import typer
+
     from jaxserve.llm import LLM
     from jaxserve.peers import Peers
 
@@ -52,13 +54,27 @@ GROUPS = (
 )
 
 
-def check_effect(role: ServeRole | None, given: Iterable[str]) -> None:
-    """Raises RequestError that names an option which was given, and has no effect in a role."""
+def check_effect(role: ServeRole | None, given: Collection[str]) -> None:
+    """Raises RequestError that names an option which was given, and has no effect in a role, or without another."""
     wrong = {name: group.reason for group in GROUPS if role not in group.roles for name in group.names.split()}
     for name in given:
         if name in wrong:
             where = f"with --role {role}" if role else "without --role"
             raise RequestError(f"--{name.replace('_', '-')} has no effect {where}: {wrong[name]}")
+    check_sizes(given)
+
+
+def check_sizes(given: Collection[str]) -> None:
+    """Raises RequestError that names a size which was given for what there isn't."""
+    for name in given:
+        if name.startswith("context_cache_") and "context_cache" not in given:
+            raise RequestError(f"--{name.replace('_', '-')} has no effect without --context-cache, which says where")
+
+
+def said(context: "typer.Context") -> list[str]:
+    """Names of the options that were given on the command line."""
+    source = context.get_parameter_source
+    return [name for name in context.params if (found := source(name)) and found.name == "COMMANDLINE"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +150,9 @@ def collectors(llm: "LLM") -> Sequence[Any]:
 
 
 def run_instance(
-    part: Part, load: Callable[["Peers", bool], "LLM"], host: str, drain_timeout: float, tell: Callable[[str], None]
-) -> NoReturn:
+    part: Part, load: Callable[["Peers", bool], "LLM"], host: str, max_model_len: int | None, drain_timeout: float,
+    tell: Callable[[str], None],
+) -> NoReturn:  # fmt: skip
     """Serves as an instance; ends with 0 when it has left, with 1 if its engine has failed."""
     from jaxserve.fleet.worker import WorkerOptions, work
 
@@ -145,6 +162,7 @@ def run_instance(
         name=part.name or f"{part.role}-{socket.gethostname()}-{os.getpid()}",
         router=(at, int(port)),
         token=str(part.token).encode(),
+        max_model_len=max_model_len,
         host=host,
         drain_timeout=drain_timeout,
     )

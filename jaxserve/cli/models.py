@@ -85,7 +85,10 @@ def check(
     for each in kept:
         damaged = blocks.damaged(each.manifest)
         wrong += bool(damaged)
-        told = f"{len(damaged)} of {len(each.manifest.blocks)} blocks are gone or damaged" if damaged else "whole"
+        lacks = (
+            f"{len(damaged)} of {len(each.manifest.blocks)} blocks are gone or damaged; who loads it makes them anew"
+        )
+        told = lacks if damaged else "whole"
         print(f"{each.manifest.model} ({each.manifest.form}): {told}")
     if not kept:
         told = f"{model} is not in {blocks.folder}" if model else f"no model is kept in {blocks.folder}"

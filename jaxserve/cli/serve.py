@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from jaxserve.cli.devices import emulate
-from jaxserve.cli.fleet import Part, ServeRole, check_effect, collectors, open_router, run_instance
+from jaxserve.cli.fleet import Part, ServeRole, check_effect, collectors, open_router, run_instance, said
 from jaxserve.cli.options import (
     CacheGbOption,
     ContextCacheDiskOption,
@@ -184,8 +184,7 @@ def serve(
 
     if end_with_stdin:
         watch_stdin()
-    source = context.get_parameter_source
-    check_effect(role, [name for name in context.params if (found := source(name)) and found.name == "COMMANDLINE"])
+    check_effect(role, said(context))
     if not all(api_key or [os.environ.get("JAXSERVE_API_KEY", "none").strip()]):
         raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
     if not all(key.isascii() for key in api_key or ()):
@@ -287,7 +286,7 @@ def serve(
 
     _log(log_requests)
     if part.instance:
-        run_instance(part, partial(load, model), host, drain_timeout, tell)
+        run_instance(part, partial(load, model), host, max_model_len, drain_timeout, tell)
     if role == "router":
         status = serve(open_fleet, options, tell, collect=collectors)
     else:

@@ -1,6 +1,7 @@
 """What commands write: notes on standard error, progress, tables."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from rich.console import Console
@@ -10,10 +11,10 @@ notes = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def progress() -> Any:
-    """Bars for what takes long, as a context."""
-    from jaxserve.progress import bar
+    """Bars for what takes long, as a context; where there is no terminal, a line now and then."""
+    from jaxserve.progress import bar, lines
 
-    return bar()
+    return bar() if notes.is_terminal else nullcontext(lines(lambda line: notes.print(line, soft_wrap=True)))
 
 
 def print_table(

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.text import Text
 
+from jaxserve.cli.fleet import check_sizes, said
 from jaxserve.cli.options import (
     CacheGbOption,
     ContextCacheDiskOption,
@@ -37,6 +38,7 @@ COLOURS = "cyan", "green", "magenta", "yellow", "blue"
 
 
 def up(
+    context: typer.Context,
     model: ModelArgument = None,
     prefill: Annotated[int, typer.Option(min=0, help="Instances that compute prompts.")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="Instances that generate answers.")] = 1,
@@ -79,15 +81,19 @@ def up(
     """
     from jaxserve.fleet.children import Children
 
+    check_sizes(said(context))
     common = _given(model, max_model_len=max_model_len, drain_timeout=drain_timeout)
     facing = _given(None, host=host, port=port, served_model_name=served_model_name, control_port=0)
     own = _given(
         None, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         num_speculative_tokens=num_speculative_tokens, cache_gb=cache_gb, dtype=dtype, quantization=quantization,
-        kv_cache_dtype=kv_cache_dtype, devices=devices, mesh=mesh, model_cache=model_cache, context_cache=context_cache,
-        context_cache_memory_gb=context_cache_memory_gb, context_cache_disk_gb=context_cache_disk_gb,
-        context_cache_shared_gb=context_cache_shared_gb,
+        kv_cache_dtype=kv_cache_dtype, devices=devices, mesh=mesh, model_cache=model_cache,
     )  # fmt: skip
+    if context_cache is not None:
+        own += _given(
+            None, context_cache=context_cache, context_cache_memory_gb=context_cache_memory_gb,
+            context_cache_disk_gb=context_cache_disk_gb, context_cache_shared_gb=context_cache_shared_gb,
+        )  # fmt: skip
     serve = [sys.executable, "-m", "jaxserve", "serve", *common, "--end-with-stdin"]
     instances = {
         f"{role}-{number}": [*serve, *own, "--role", role, "--name", f"{role}-{number}"]

@@ -67,6 +67,7 @@ class Remote:
             case Pulse():
                 self.signs = _now(message.signs)
             case Leave():
+                log.info("%s finishes what it has, and leaves", self.about.name)
                 self.draining = True
                 self._line.say(Leave())
             case _ if isinstance(message, Event):
@@ -99,6 +100,7 @@ class Control:
         try:
             first = expect(frames, PATIENCE)
             if isinstance(first, Knock):
+                send(frames, encode(self._answer(first)))
                 frames.close()
                 return
             remote = self._welcome(first, frames)
@@ -108,6 +110,10 @@ class Control:
         except (RequestError, TransferError) as error:
             log.warning("an instance was not let in: %s", error)
             frames.close()
+
+    def _answer(self, knock: Knock) -> Alive | Refused:
+        reason = self._fleet.members.unlike(knock.max_model_len) if knock.max_model_len else None
+        return Refused("", reason) if reason else Alive()
 
     def _welcome(self, hello: Message, frames: Frames) -> Remote:
         if not isinstance(hello, Hello):

@@ -220,14 +220,21 @@ class Fleet:
             self._come.notify()
 
     def _part(self, instance: Instance, why: str, reason: str) -> None:
-        """An instance is lost: nothing more goes to it; its jobs are moved in the next step."""
+        """An instance has left, or is lost: nothing more goes to it; its jobs are moved in the next step."""
         if not self.members.remove(instance):
             return
         instance.close()
-        log.warning("%s is lost: %s", instance.about.name, reason)
+        left = why == "gone" and instance.draining
+        if left:
+            log.info("%s has left", instance.about.name)
+        else:
+            log.warning("%s is lost: %s", instance.about.name, reason)
+        if not self.ready:
+            log.warning("there is no instance that generates answers; those that are asked for wait for one")
         with self._come:
-            self.tally.lost[why] += 1
-            self.tally.detection.add(max(0.0, self._clock() - instance.signs.at))
+            if not left:
+                self.tally.lost[why] += 1
+                self.tally.detection.add(max(0.0, self._clock() - instance.signs.at))
             self._events.append((instance, Gone(reason)))
             self._come.notify()
 

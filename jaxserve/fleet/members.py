@@ -69,6 +69,12 @@ class Members:
             self._past = [total([*self._past, instance.signs.counters.at_rest()])]
             return True
 
+    def unlike(self, max_model_len: int) -> str | None:
+        """Why an instance that takes so many tokens doesn't fit, if so."""
+        if max_model_len == self._max_model_len:
+            return None
+        return f"max_model_len = {max_model_len}: the router's is {self._max_model_len}; give both the same"
+
     def usable(self, name: str | None) -> bool:
         """Whether it may be given something."""
         found = self._members.get(name or "")
@@ -149,13 +155,12 @@ class Members:
     def _check(self, about: About) -> None:
         if about.name in self._members:
             raise RequestError(f"name: there is an instance {about.name!r} already; give this one another --name")
-        if about.max_model_len != self._max_model_len:
-            raise RequestError(
-                f"max_model_len = {about.max_model_len}: the router's is {self._max_model_len}; give both the same"
-            )
+        if reason := self.unlike(about.max_model_len):
+            raise RequestError(reason)
         first = next((each.instance.about for each in self), None)
         fleets = {field: (value, first.name) for field, value in first.identity._asdict().items()} if first else {}
         fleets["config"] = self._config, "the router"
-        for field, (value, whose) in fleets.items():
+        order = sorted(fleets.items(), key=lambda item: item[0] == "weights")  # last: they tell least
+        for field, (value, whose) in order:
             if (own := getattr(about.identity, field)) != value:
                 raise RequestError(f"{field} = {own!r}: {whose} has {value!r}; all must have the same")

@@ -27,7 +27,9 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Knock(msgspec.Struct, tag=True, frozen=True):
-    """Of an instance that only wants to know whether it will be let in; the line ends with it."""
+    """Of an instance that isn't there yet, and wants to know whether it will be let in: Alive, or Refused."""
+
+    max_model_len: int | None  # None: the model's own
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):

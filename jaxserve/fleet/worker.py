@@ -16,7 +16,7 @@ from jaxserve.parallel.errors import EngineError, RequestError, TransferError
 from jaxserve.parallel.frames import TICK, Frames, dial
 from jaxserve.peers import Peers
 
-BACKOFF = 0.1, 5.0
+BACKOFF = 0.1, 1.0
 """Seconds before the router is dialled again: the first time, and at most."""
 
 SHORT = 2.0
@@ -48,21 +48,21 @@ class Worker:
 
         Raises RequestError if the router doesn't want it, EngineError if its engine has failed.
         """
-        wait, told, joined = BACKOFF[0], False, False
+        wait, told, joined = BACKOFF[0], "", False
         while not self._leaving.is_set() and not self._failed.is_set():
             try:
                 line = self._dial()
             except TransferError as error:
                 if error.kind == "refused" and not joined:  # a router that ends may look so
                     raise RequestError(str(error)) from None
-                if not told:
+                if error.kind != told:
                     self._tell(f"waiting for the router: {error}")
-                told = True
+                told = error.kind
                 self._leaving.wait(wait)
                 wait = min(2 * wait, BACKOFF[1])
                 continue
             self._tell(f"{self._local.about.name} has joined the fleet of {self._router[0]}:{self._router[1]}")
-            wait, told, joined = BACKOFF[0], False, True
+            wait, told, joined = BACKOFF[0], "dead", True
             self._work(line)
         if self._failed.is_set():
             raise EngineError("the engine has failed; its log says why")
@@ -99,7 +99,7 @@ class Worker:
         self._line = None
         self._local.abort_all()
         if not self._leaving.is_set():
-            self._tell(f"the router is gone: {reason}")
+            self._tell(f"the router is gone: {reason}; waiting for one")
         while not (self._local.idle or self._leaving.is_set() or self._failed.is_set()):
             time.sleep(TICK)  # an engine that hangs must not join again as if it were well
 
@@ -124,6 +124,8 @@ class Worker:
         """Waits for the last task, not for ever."""
         end = time.monotonic() + self._drain_timeout
         if line := self._line:
+            if count := self._local.open:
+                self._tell(f"finishing {count} answer{'s' * (count > 1)}, {self._drain_timeout:g} s at most")
             line.say(Leave())
             self._released.wait(self._drain_timeout)
             while self._local.open and time.monotonic() < end:
@@ -143,23 +145,34 @@ class WorkerOptions:
     name: str
     router: tuple[str, int]
     token: bytes
+    max_model_len: int | None = None  # tokens of a prompt and its answer, if it has been said
     host: str = "127.0.0.1"  # where other instances reach this one
     drain_timeout: float = 60.0  # seconds, to finish what it has been given when it is to leave
 
 
-def knock(router: tuple[str, int], token: bytes, tell: Callable[[str], object]) -> None:
+def knock(router: tuple[str, int], token: bytes, max_model_len: int | None, tell: Callable[[str], object]) -> None:
     """Asks whether an instance will be let in, before it takes minutes to load; a router that isn't there may come.
 
-    Raises RequestError if it has another token.
+    Raises RequestError if it has another token, or takes other lengths.
     """
+    where = f"{router[0]}:{router[1]}"
     try:
-        with closing(Frames(dial(router, SHORT), PATIENCE)) as frames:
+        connection = dial(router, SHORT)
+    except TransferError as error:
+        tell(f"there is no router yet: {error}")
+        return
+    try:
+        with closing(Frames(connection, SHORT)) as frames:
             frames.enter(token)
-            send(frames, encode(Knock()))
+            send(frames, encode(Knock(max_model_len)))
+            answer = expect(frames, SHORT)
     except TransferError as error:
         if error.kind == "refused":
-            raise RequestError(f"{error}; give both the same --fleet-token") from None
-        tell(f"there is no router yet: {error}")
+            raise RequestError(f"the router at {where} has another token; give both the same --fleet-token") from None
+        tell(f"{where} does not speak as a router ({error}); is that its --control-port?")
+        return
+    if isinstance(answer, Refused):
+        raise RequestError(answer.reason)
 
 
 def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Callable[[str], object]) -> None:
@@ -168,7 +181,7 @@ def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Calla
     `load` is given with whom pages are exchanged, and whether they are to be had here. Raises what it and `Worker.run`
     raise.
     """
-    knock(options.router, options.token, tell)
+    knock(options.router, options.token, options.max_model_len, tell)
     peers = Peers(options.token, options.name, host=options.host, seconds=OFFERED)
     llm = load(peers, options.role == "prefill")
     engine = llm.engine

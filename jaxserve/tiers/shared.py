@@ -1,5 +1,6 @@
 """Pages in a Valkey or Redis server, or a cluster of them, for many instances."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +23,14 @@ from jaxserve.tiers.records import HEADER, header, unpack
 from jaxserve.tiers.scripts import Part
 from jaxserve.tiers.tier import Value
 
+log = logging.getLogger("jaxserve.tiers")
+
 T = TypeVar("T")
 
 CONNECTIONS = 8
 """Operations on their way at once."""
+QUIET = 60.0
+"""Seconds in which what fails is logged once."""
 
 
 class SharedTier:
@@ -58,7 +63,7 @@ class SharedTier:
         self._limits, self._parts = limits, parts
         self._deadline, self._pause, self._lifetime, self._clock = deadline, pause, int(lifetime * 1000), clock
         self._lock = threading.Lock()
-        self._down_until = -float("inf")
+        self._down_until = self._quiet_until = -float("inf")
         self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="shared-tier")
 
     def get(self, namespace: str, key: Key) -> Value | None:
@@ -129,6 +134,9 @@ class SharedTier:
 
     def _fail(self, error: Exception) -> None:
         self.tally.add(failed=1)
+        if self._clock() >= self._quiet_until:
+            log.warning("the shared store does not do what it is asked: %s", str(error)[:200] or type(error).__name__)
+            self._quiet_until = self._clock() + QUIET
         if not isinstance(error, ResponseError):  # which says that it is there, and refuses this
             self._down_until = max(self._down_until, self._clock() + self._pause)
             self._disconnect()

@@ -2,6 +2,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxserve.parallel.ranks import Ranks
 from jaxserve.programs import Programs
 from jaxserve.slots import empty, mark
 from jaxserve.spmd import Call
+from tests.waiting import SOON
 
 OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 
@@ -64,6 +66,33 @@ def test_what_one_has_compiled_another_loads_and_it_takes_over_what_is_donated(f
     given = call().given
     np.testing.assert_allclose(program(*given), EXPECTED, rtol=1e-6)
     assert [x.is_deleted() for x in given] == [True, False]
+
+
+@pytest.mark.parametrize(("wait", "count"), [(60.0, 1), (0.1, 2)])
+def test_of_several_that_want_the_same_at_once_one_compiles_and_the_others_wait_but_not_for_ever(
+    folder, monkeypatch, wait, count
+):
+    began, go, done = threading.Semaphore(0), threading.Event(), []
+
+    def slow(lowered, options):
+        began.release()
+        assert go.wait(SOON)
+        return lowered.compile(options), True
+
+    monkeypatch.setattr(subject, "_compile", slow)
+    monkeypatch.setattr(subject, "WAIT", wait)
+    makers = [Executables(folder).program(call(), OPTIONS).lower() for _ in range(2)]
+    threads = [threading.Thread(target=lambda make=make: done.append(make())) for make in makers]
+    for thread in threads:
+        thread.start()
+    assert all(began.acquire(timeout=SOON) for _ in range(count))
+    assert not began.acquire(timeout=0.5)  # nobody else begins
+    go.set()
+    for thread in threads:
+        thread.join(SOON)
+    for program in done:
+        np.testing.assert_allclose(program(*call().given), EXPECTED, rtol=1e-6)
+    assert len(done) == 2 and not began.acquire(blocking=False)
 
 
 CHILD = """

@@ -117,6 +117,15 @@ def test_a_folder_that_others_can_write_to_is_refused_and_the_user_s_is_passed_o
         assert find_cache(None) is None
 
 
+def test_a_folder_of_other_things_is_left_as_it_is(tiny_folder, tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(RequestError, match="it has other things in it; name an empty folder"):
+        load(tiny_folder, model_cache=tmp_path)
+    with pytest.raises(RequestError, match="it is a file, not a folder"):
+        load(tiny_folder, model_cache=tmp_path / "notes")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
 def test_a_version_is_stale_when_its_files_are_others_or_gone(tiny_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from jaxserve.progress import amount, bar
+from jaxserve.progress import amount, bar, lines
 
 
 class Terminal(io.StringIO):
@@ -20,6 +20,15 @@ def test_a_terminal_sees_each_stage_and_a_file_nothing(monkeypatch, screen, show
         progress("compiling", 2, 7)
     assert ("compiling" in screen.getvalue() and "2 of 7 programs" in screen.getvalue()) == shown
     assert bool(screen.getvalue()) == shown
+
+
+def test_what_takes_long_is_told_in_lines_now_and_then():
+    told, clock = [], [0.0]
+    show = lines(told.append, 10.0, lambda: clock[0])
+    for second in range(0, 31, 3):
+        clock[0] = float(second)
+        show("loading" if second < 15 else "compiling", second, 30)
+    assert told == ["loading: 0 of 0 MiB", "compiling: 24 of 30 programs"]
 
 
 def test_amounts_have_the_unit_of_their_stage():

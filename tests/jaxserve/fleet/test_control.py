@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxserve.counters import Counters
+from jaxserve.fleet import worker as worker_module
 from jaxserve.fleet.control import Control
 from jaxserve.fleet.health import Patience
 from jaxserve.fleet.instance import Local
@@ -240,7 +241,7 @@ def test_an_instance_that_hears_nothing_of_the_router_stops_its_work_and_dials_a
         begun = stage.answers(count=5)["x"]
         one.go.clear()
         way.silence()
-        stage.until(lambda: "the router is gone: nothing was heard of it for 1 s" in stage.lines)
+        stage.until(lambda: "the router is gone: nothing was heard of it for 1 s; waiting for one" in stage.lines)
         one.go.set()
         stage.until(lambda: not one.busy)  # though nobody has said so
         rest = stage.answers()["x"]  # of the same instance, which has joined again
@@ -283,6 +284,7 @@ def test_an_instance_that_is_to_leave_finishes_first():
         assert tokens([*begun, *rest["x"]]) == said((5,), 3, 100) and "y" not in rest
         stage.threads[0].join(SOON)
         assert not stage.threads[0].is_alive() and stage.fleet.tally.retries == 0
+        assert not stage.fleet.tally.lost and "finishing 1 answer, 30 s at most" in stage.lines
         stage.start("D2")
         assert tokens(stage.answers()["y"]) == said((5,), 4, 3)
 
@@ -312,15 +314,27 @@ def test_who_does_not_know_the_token_or_does_not_fit_is_sent_away_with_the_reaso
 
 def test_who_knocks_learns_whether_it_will_be_let_in_and_has_not_joined(caplog):
     with site() as stage:
-        knock(stage.control.address, TOKEN, stage.lines.append)
-        with pytest.raises(RequestError, match="has another token: .*give both the same --fleet-token"):
-            knock(stage.control.address, b"another", stage.lines.append)
+        for length in (None, 128):
+            knock(stage.control.address, TOKEN, length, stage.lines.append)
+        with pytest.raises(RequestError, match="has another token; give both the same --fleet-token"):
+            knock(stage.control.address, b"another", None, stage.lines.append)
+        with pytest.raises(RequestError, match="max_model_len = 64: the router's is 128; give both the same"):
+            knock(stage.control.address, TOKEN, 64, stage.lines.append)
         assert not stage.lines
-        knock(("127.0.0.1", 1), TOKEN, stage.lines.append)
-        assert stage.lines[0].startswith("there is no router yet: 127.0.0.1:1 does not answer")
         stage.start("D1")
         stage.until(lambda: stage.states())
         assert "an instance was not let in" not in caplog.text
+
+
+def test_where_no_router_is_one_may_come_and_that_is_told(monkeypatch):
+    lines = []
+    knock(("127.0.0.1", 1), TOKEN, None, lines.append)
+    monkeypatch.setattr(worker_module, "SHORT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host, port = silent.getsockname()
+        knock((host, port), TOKEN, None, lines.append)
+    assert lines[0].startswith("there is no router yet: 127.0.0.1:1 does not answer")
+    assert lines[1].startswith(f"{host}:{port} does not speak as a router") and "--control-port" in lines[1]
 
 
 @pytest.mark.parametrize("period", [0, -1.0, 2.0, 3.0])

@@ -347,6 +347,16 @@ def test_who_has_taken_pages_of_an_instance_that_leaves_goes_on():
     prefill.die()
     stage.run()
     assert stage.tokens("x") == said((5, 7), 3, 4) and stage.fleet.tally.retries == 0
+    assert not stage.fleet.tally.lost and stage.fleet.tally.detection.count == 0
+
+
+def test_that_nobody_generates_answers_any_more_is_logged(caplog):
+    stage = Stage()
+    one, two = stage.join("D1", "decode"), stage.join("D2", "decode")
+    one.die()
+    assert "there is no instance that generates answers" not in caplog.text
+    two.die()
+    assert "there is no instance that generates answers" in caplog.text
 
 
 def test_text_that_was_held_back_when_a_step_failed_is_not_told_twice():
@@ -542,6 +552,7 @@ def test_a_router_that_fails_in_a_step_ends_all_and_goes_on(monkeypatch):
         ({"identity": {"weights": "1"}}, "weights = '1': D1 has '00'; all must have the same"),
         ({"identity": {"dtype": "bfloat16"}}, "dtype = 'bfloat16': D1 has 'float32'"),
         ({"identity": {"kv_cache_dtype": "int8"}}, "kv_cache_dtype = 'int8': D1 has 'auto'"),
+        ({"identity": {"weights": "1", "dtype": "bfloat16"}}, "dtype = 'bfloat16': D1 has 'float32'"),
         ({"identity": {"page_size": 8}}, "page_size = 8: D1 has 16"),
     ],
 )

@@ -111,6 +111,12 @@ def test_an_option_without_effect_in_a_role_is_named(role, option, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("command", [["up"], ["serve"], ["serve", "--role", "decode"]])
+def test_a_size_of_what_there_is_not_is_named(command):
+    result = CliRunner().invoke(app, [*command, "--context-cache-disk-gb", "3"])
+    assert "--context-cache-disk-gb has no effect without --context-cache" in str(result.exception)
+
+
 def test_of_every_option_it_is_known_in_which_roles_it_has_an_effect():
     everywhere = {"model", "host", "max_model_len", "drain_timeout", "log_requests", "role", "router", "end_with_stdin"}
     named = [name for group in GROUPS for name in group.names.split()]

@@ -96,7 +96,7 @@ abouts = st.builds(
 )  # fmt: skip
 messages = st.one_of(
     st.builds(Hello, abouts, signs),
-    st.just(Knock()),
+    st.builds(Knock, st.none() | wholes),
     st.builds(Welcome, floats, floats),
     st.builds(Add, requests),
     st.builds(Abort, names),

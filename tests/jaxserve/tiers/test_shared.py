@@ -178,6 +178,19 @@ def test_a_server_that_was_not_there_at_first_is_found_later(server):
         assert eventually(lambda: fill(tier) or found(tier) == KEYS)
 
 
+def test_that_nobody_answers_is_logged_once_a_minute(caplog):
+    clock = [0.0]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    tier = SharedTier(f"redis://:secret@127.0.0.1:{port}", ROOM, pause=0.0, clock=lambda: clock[0])
+    for now in (0.0, 30.0, 61.0, 62.0):
+        clock[0] = now
+        assert tier.get("a", KEYS[0]) is None
+    tier.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "the shared store does not do what it is asked" in caplog.text and "secret" not in caplog.text
+
+
 def test_while_a_server_is_down_nothing_is_asked_of_it(server):
     times = []
     server.kill()

@@ -283,5 +283,5 @@ def test_a_shared_store_needs_its_client(monkeypatch):
 def test_what_can_not_be_as_configured_is_refused(tmp_path, what):
     (tmp_path / "file").touch()
     wrong: dict[str, Any] = {"folder": tmp_path / "file"} if what == "folder" else {"url": "nowhere"}
-    with pytest.raises(RequestError, match="File exists|URL of a shared store"):
+    with pytest.raises(RequestError, match="it is a file, not a folder|URL of a shared store"):
         open_store(StoreConfig(**wrong))
