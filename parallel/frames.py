@@ -42,6 +42,7 @@ class Frames:
     def __init__(self, connection: socket.socket, patience: float):
         connection.settimeout(TICK)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # who hears nothing for hours may be alone
         self._socket, self.patience = connection, patience
         self._writing = threading.Lock()
         self.peer = _peer(connection)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 Tell = Callable[[str, str], object]
@@ -85,7 +86,7 @@ class Children:
 
     def __init__(self, environment: Mapping[str, str], tell: Tell):
         self._environment, self._tell = environment, tell
-        self._end, self._hurry = threading.Event(), threading.Event()
+        self._asked = 0  # to end: no lock, which the thread that a signal interrupts may hold
         self._router: Child | None = None
         self._instances: list[Child] = []
 
@@ -96,9 +97,9 @@ class Children:
         on with `--router` and the address that the router has told.
         """
         self._router = first = Child("router", router, self._environment, self._tell)
-        while not first.told.wait(LOOK) and not self._end.is_set():
+        while not first.told.wait(LOOK) and not self._asked:
             pass
-        if first.address is not None and not self._end.is_set():
+        if first.address is not None and not self._asked:
             for name, command in instances.items():
                 given = [*command, "--router", first.address]
                 self._instances.append(Child(name, given, self._environment, self._tell))
@@ -108,12 +109,12 @@ class Children:
 
     def end(self) -> None:
         """All finish what they have, and end; the second time, they finish nothing. Any thread may, and signals."""
-        (self._hurry if self._end.is_set() else self._end).set()
+        self._asked += 1
 
     def _watch(self, router: Child) -> bool:
         """Waits for the end, and tells what ends before; whether that was the router, or all instances."""
         alive = list(self._instances)
-        while not self._end.wait(LOOK):
+        while not self._asked:
             for child in [child for child in alive if child.ended]:
                 child.wait()
                 self._tell(child.name, f"is gone: {child.ended}; it is not started again")
@@ -121,18 +122,26 @@ class Children:
             if router.ended or not alive:
                 self._tell("router", f"is gone: {router.ended}" if router.ended else "has no instance left")
                 return True
+            time.sleep(LOOK)
         return False
 
     def _stop(self, router: Child) -> int:
         """Ends the router, which finishes what it has accepted, and then the instances; gives the router's status."""
         router.signal(signal.SIGTERM)
-        hurried = False
-        while not router.ended:
-            if self._hurry.wait(LOOK) and not hurried:
-                router.signal(signal.SIGTERM)
-                hurried = True
+        self._await([router], signal.SIGTERM)
         for child in self._instances:
-            child.signal(signal.SIGKILL if hurried else signal.SIGTERM)
+            child.signal(signal.SIGTERM)
+        self._await(self._instances, signal.SIGKILL)
         for child in self._instances:
             child.wait()
         return router.wait()
+
+    def _await(self, children: Sequence[Child], hurry: int) -> None:
+        """Waits until they have ended; sends them a signal when they are to finish nothing."""
+        hurried = False
+        while any(not child.ended for child in children):
+            if self._asked > 1 and not hurried:
+                hurried = True
+                for child in children:
+                    child.signal(hurry)
+            time.sleep(LOOK)

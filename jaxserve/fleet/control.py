@@ -87,7 +87,7 @@ class Control:
             raise RequestError(f"period = {period:g}: it must be above 0, and below dead_after, {dead_after:g}")
         self._fleet, self._period = fleet, period
         try:
-            self._gate = Gate(host, port, token, PATIENCE, self._serve, "fleet instance")
+            self._gate = Gate(host, port, token, PATIENCE, self._serve, "fleet instance", fleet.look_after)
         except (OSError, OverflowError) as error:
             raise RequestError(f"can't listen at {host}, port {port}: {error}; choose another --control-port") from None
         self.address = self._gate.address

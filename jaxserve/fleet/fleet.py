@@ -173,7 +173,7 @@ class Fleet:
     def step(self) -> list[Output]:
         with self._come:
             self._come.wait_for(lambda: self._events or self._said, BRIEF)
-        self._look_after()
+        self.look_after()
         while self._events:
             self._take(*self._events.popleft())
         self._dispatch()
@@ -199,7 +199,7 @@ class Fleet:
 
     def join(self, instance: Instance) -> None:
         """Adds an instance. Raises RequestError that names the field if it doesn't fit the others."""
-        self._look_after()  # one that is lost may come back under its name
+        self.look_after()  # one that is lost may come back under its name
         self.members.join(instance, lambda event: self._hear(instance, event))
         log.info("%s has joined, for %s", instance.about.name, instance.about.role)
 
@@ -207,7 +207,8 @@ class Fleet:
         """How many jobs there are in each."""
         return Counter(job.stage for jobs in list(self._jobs.values()) for job in list(jobs))
 
-    def _look_after(self) -> None:
+    def look_after(self) -> None:
+        """Parts with those of which nothing more is to be expected. Any thread may."""
         for instance, health, reason in self.members.troubled():
             self._part(instance, health, reason)
 

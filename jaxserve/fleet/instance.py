@@ -1,5 +1,6 @@
 """An engine as the fleet sees it: what it is, what it is told, what it says."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
@@ -13,6 +14,8 @@ from jaxserve.parallel.errors import RequestError
 from jaxserve.request import Output, Request
 from jaxserve.runner import Runner
 from jaxserve.serving import Memory, Serving
+
+log = logging.getLogger("jaxserve.fleet")
 
 Role = Literal["prefill", "decode"]
 
@@ -156,8 +159,10 @@ class Local:
     def _add(self, request: Request) -> None:
         try:
             self.engine.add(request)
-        except RequestError as error:
-            self._hear(Refused(request.id, str(error)))
+        except Exception as error:  # of whatever kind: it is this request's, and the next instance would end by it too
+            if not isinstance(error, RequestError):
+                log.exception("%s could not be added", request.id)
+            self._hear(Refused(request.id, str(error) or repr(error)))
             self._open.discard(request.id)
 
     def _abort(self, task: str) -> None:

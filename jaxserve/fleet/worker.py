@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from jaxserve.engine import Engine
 from jaxserve.fleet.control import PATIENCE
@@ -22,8 +23,8 @@ BACKOFF = 0.1, 1.0
 SHORT = 2.0
 """Seconds that a router has to answer the first time."""
 
-OFFERED = 600.0
-"""Seconds that pages wait for an instance that has a slot for their answer."""
+OFFERED = 24 * 3600.0
+"""Seconds that pages wait for an instance that has a slot for their answer; the router takes back what nobody wants."""
 
 
 class Worker:
@@ -189,7 +190,15 @@ def work(load: Callable[[Peers, bool], LLM], options: WorkerOptions, tell: Calla
         raise RequestError(f"an instance needs an engine of its own; got {type(engine).__name__}")
     local = Local(engine, about(engine, options.name, options.role), lambda: engine.offered, engine.withdraw)
     worker = Worker(local, options.router, options.token, tell, options.drain_timeout)
+    wishes = SimpleQueue[None]()  # a signal's handler may put into it, whatever it interrupts
+    threading.Thread(target=_obey, args=[wishes, worker], name="signals", daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.leave())
+        signal.signal(number, lambda *_: wishes.put(None))
     worker.run()
     llm.close()
+
+
+def _obey(wishes: SimpleQueue[None], worker: Worker) -> None:
+    while True:
+        wishes.get()
+        worker.leave()

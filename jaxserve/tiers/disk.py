@@ -70,6 +70,8 @@ class DiskTier:
             self._index.remove_all(place)
             for path in _files(self._folder / place):
                 path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                (self._folder / place).rmdir()
             return True
         return False
 
@@ -96,14 +98,14 @@ class DiskTier:
     def _write(self, namespace: str, entry: Entry, parts: Iterable[bytes | Value]) -> None:
         """All of it or nothing."""
         path = self._path(entry.place, entry.key)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
         unfinished = self._write_aside(parts)
         try:
             with self._index.change():
                 self._index.add(entry)
                 removed = self._index.excess(entry.place, self._limits.of(namespace), self._limits.total)
                 for old in removed:
-                    self._path(old.place, old.key).unlink(missing_ok=True)
+                    self._unlink(old.place, old.key)
+                path.parent.mkdir(mode=0o700, exist_ok=True)  # in the change: so nobody removes it meanwhile
                 unfinished.replace(path)
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -124,7 +126,14 @@ class DiskTier:
     def _remove(self, place: str, key: Key) -> None:
         with self._index.change():
             self._index.remove(place, key)
-            self._path(place, key).unlink(missing_ok=True)
+            self._unlink(place, key)
+
+    def _unlink(self, place: str, key: Key) -> None:
+        """In a change of the index. The folder of a tenant that has nothing more goes too: clients name tenants."""
+        path = self._path(place, key)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it isn't empty
+            path.parent.rmdir()
 
     @contextmanager
     def _failures(self) -> Iterator[None]:

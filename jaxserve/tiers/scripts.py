@@ -72,7 +72,7 @@ end
 GET = Script("""
 local value = redis.call('GET', prefix .. key)
 if value then
-    use(key, ARGV[3])
+    pcall(use, key, ARGV[3]) -- a server without room gives what it has, and refuses to note that
 else
     remove(key)
 end

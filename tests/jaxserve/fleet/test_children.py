@@ -122,3 +122,14 @@ def test_the_second_time_nothing_is_finished():
     assert not show.statuses
     show.children.end()
     assert show.status() == 0
+
+
+def test_the_second_time_instances_that_hang_are_killed_though_the_router_has_ended():
+    show = Show(ROUTER, {"a": INSTANCE.replace("sys.exit(3)", "0")})
+    show.until(("a", "joins --router here:7"))
+    show.children.end()
+    show.until(("router", "router ends"))
+    time.sleep(0.3)
+    assert not show.statuses
+    show.children.end()
+    assert show.status() == 0

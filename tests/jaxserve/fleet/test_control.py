@@ -39,6 +39,8 @@ class Talker:
     def add(self, request):
         if request.prompt_token_ids == (13,):
             raise RequestError("13 is not served here")
+        if request.prompt_token_ids == (17,):
+            raise KeyError("17")
         self.requests[request.id] = [request, len(request.answered)]
 
     def abort(self, id):
@@ -249,6 +251,14 @@ def test_an_instance_that_hears_nothing_of_the_router_stops_its_work_and_dials_a
         assert stage.fleet.tally.lost == {"dead": 1}
 
 
+def test_a_silent_instance_is_noticed_though_nothing_is_asked():
+    with site(patience=Patience(dead_after=1.0)) as stage, closing(Way(stage.control.address)) as way:
+        stage.start("D1", router=way.address)
+        stage.until(lambda: stage.states())
+        way.silence()
+        stage.until(lambda: stage.fleet.tally.lost == {"dead": 1})
+
+
 def test_a_router_that_has_nothing_to_say_is_not_taken_for_lost():
     with site(patience=Patience(dead_after=1.0)) as stage:
         stage.start("D1")
@@ -295,8 +305,12 @@ def test_what_an_instance_refuses_is_told():
         stage.until(lambda: stage.states())
         stage.fleet.add(asked("x", (13,)))
         stage.fleet.add(asked("y", (5,), stop="\ud800"))
+        stage.fleet.add(asked("z", (17,)))
+        stage.fleet.add(asked("well", (5,), 3, seed=4))
         found = stage.answers()
         assert found["x"][0].error == "D1 refuses it: 13 is not served here"
+        assert found["z"][0].error == "D1 refuses it: '17'"
+        assert tokens(found["well"]) == said((5,), 4, 3)
         assert "can't be written as UTF-8" in found["y"][0].error
 
 

@@ -63,6 +63,17 @@ def test_what_one_process_has_put_the_next_one_finds(folder):
     assert found(opened(folder)) == KEYS[:3]
 
 
+def test_of_tenants_that_have_nothing_any_more_nothing_is_left(folder):
+    tier = opened(folder, Limits(1000))
+    for number in range(50):
+        tier.put(f"tenant {number}", KEYS[0], value_of("a", KEYS[0], 300))
+    held = [path for path in folder.iterdir() if path.is_dir() and path.name != "unfinished"]
+    assert 1 <= len(held) <= 3 and all(any(path.iterdir()) for path in held)
+    assert all(tier.drop(f"tenant {number}") for number in range(50))
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["unfinished"]
+    assert tier.tally.read().failed == 0
+
+
 def test_all_is_the_user_s_alone(folder):
     opened(folder, ROOM, KEYS[0])
     paths = [folder, *folder.rglob("*")]

@@ -141,6 +141,7 @@ def test_a_server_that_has_no_room_refuses_a_put_and_gives_what_it_has(server):
         tier.put("a", KEYS[0], value_of("a", KEYS[0]))
         server.client.config_set("maxmemory", 1)
         tier.put("a", KEYS[1], value_of("a", KEYS[1]))
+        assert tier.get("a", KEYS[0]) == value_of("a", KEYS[0]) and tier.tally.read().failed == 1
         server.client.config_set("maxmemory", 0)
         assert found(tier) == KEYS[:1] and tier.tally.read().failed == 1
 
