@@ -43,11 +43,8 @@ def store_at(places: str, memory_gb: float, disk_gb: float, shared_gb: float) ->
             folder = Path(place).expanduser()
         elif place != "memory":
             second = place == "disk" or "/" in place
-            reason = (
-                "is the second of its kind"
-                if second
-                else f"is none of memory, disk, a folder (./{place}) and a server (redis://HOST:PORT)"
-            )
+            none = f"is none of memory, disk, a folder (./{place}) and a server (redis://HOST:PORT)"
+            reason = "is the second of its kind" if second else none
             raise RequestError(f"--context-cache {places}: {place!r} {reason}")
     memory, disk, shared = (Limits(int(gb * 2**30)) for gb in (memory_gb, disk_gb, shared_gb))
     return StoreConfig(memory=memory, folder=folder, disk=disk, url=url, shared=shared)

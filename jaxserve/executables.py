@@ -11,7 +11,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,9 +61,8 @@ class Executables:
 
         Of several processes that want the same at once, one compiles it, and the others wait.
         """
-        compiled = self._load(name, call)
-        with nullcontext() if compiled else self._alone(name):
-            compiled = compiled or self._load(name, call)
+        with self._alone(name):
+            compiled = self._load(name, call)
             if compiled is None:
                 compiled, fresh = _compile(lowered, options)
                 if not fresh or not self._keep(name, compiled):

@@ -44,8 +44,8 @@ class Frames:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # who hears nothing for hours may be alone
         self._socket, self.patience = connection, patience
-        self._writing = threading.Lock()
         self.peer = _peer(connection)
+        self._writing = threading.Lock()
         self._closed = False
         self.moved = 0  # bytes, both ways
 

@@ -65,13 +65,13 @@ def check_effect(role: ServeRole | None, given: Collection[str]) -> None:
 
 
 def check_sizes(given: Collection[str]) -> None:
-    """Raises RequestError that names a size which was given for what there isn't."""
+    """Raises RequestError that names a size of the context cache which was given without one."""
     for name in given:
         if name.startswith("context_cache_") and "context_cache" not in given:
             raise RequestError(f"--{name.replace('_', '-')} has no effect without --context-cache, which says where")
 
 
-def said(context: "typer.Context") -> list[str]:
+def given_in(context: "typer.Context") -> list[str]:
     """Names of the options that were given on the command line."""
     source = context.get_parameter_source
     return [name for name in context.params if (found := source(name)) and found.name == "COMMANDLINE"]

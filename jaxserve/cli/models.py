@@ -85,10 +85,8 @@ def check(
     for each in kept:
         damaged = blocks.damaged(each.manifest)
         wrong += bool(damaged)
-        lacks = (
-            f"{len(damaged)} of {len(each.manifest.blocks)} blocks are gone or damaged; who loads it makes them anew"
-        )
-        told = lacks if damaged else "whole"
+        count = f"{len(damaged)} of {len(each.manifest.blocks)} blocks"
+        told = f"{count} are gone or damaged; who loads it makes them anew" if damaged else "whole"
         print(f"{each.manifest.model} ({each.manifest.form}): {told}")
     if not kept:
         told = f"{model} is not in {blocks.folder}" if model else f"no model is kept in {blocks.folder}"

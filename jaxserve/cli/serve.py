@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from jaxserve.cli.devices import emulate
-from jaxserve.cli.fleet import Part, ServeRole, check_effect, collectors, open_router, run_instance, said
+from jaxserve.cli.fleet import Part, ServeRole, check_effect, collectors, given_in, open_router, run_instance
 from jaxserve.cli.options import (
     CacheGbOption,
     ContextCacheDiskOption,
@@ -184,7 +184,7 @@ def serve(
 
     if end_with_stdin:
         watch_stdin()
-    check_effect(role, said(context))
+    check_effect(role, given_in(context))
     if not all(api_key or [os.environ.get("JAXSERVE_API_KEY", "none").strip()]):
         raise RequestError("--api-key or JAXSERVE_API_KEY is empty; give a key, or leave it out to serve everybody")
     if not all(key.isascii() for key in api_key or ()):

@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.text import Text
 
-from jaxserve.cli.fleet import check_sizes, said
+from jaxserve.cli.fleet import check_sizes, given_in
 from jaxserve.cli.options import (
     CacheGbOption,
     ContextCacheDiskOption,
@@ -81,7 +81,7 @@ def up(
     """
     from jaxserve.fleet.children import Children
 
-    check_sizes(said(context))
+    check_sizes(given_in(context))
     common = _given(model, max_model_len=max_model_len, drain_timeout=drain_timeout)
     facing = _given(None, host=host, port=port, served_model_name=served_model_name, control_port=0)
     own = _given(

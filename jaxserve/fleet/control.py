@@ -7,21 +7,7 @@ import msgspec
 
 from jaxserve.fleet.fleet import Fleet
 from jaxserve.fleet.instance import Event, Gone, Hear, Refused, Signs
-from jaxserve.fleet.wire import (
-    Abort,
-    Add,
-    Alive,
-    Hello,
-    Knock,
-    Leave,
-    Line,
-    Message,
-    Pulse,
-    Welcome,
-    encode,
-    expect,
-    send,
-)
+from jaxserve.fleet.wire import Abort, Add, Alive, Hello, Knock, Leave, Line, Message, Pulse, Welcome, expect, send
 from jaxserve.parallel.errors import RequestError, TransferError
 from jaxserve.parallel.frames import Frames
 from jaxserve.parallel.gates import Gate
@@ -100,7 +86,7 @@ class Control:
         try:
             first = expect(frames, PATIENCE)
             if isinstance(first, Knock):
-                send(frames, encode(self._answer(first)))
+                send(frames, self._answer(first))
                 frames.close()
                 return
             remote = self._welcome(first, frames)
@@ -122,7 +108,7 @@ class Control:
         try:
             self._fleet.join(remote)
         except RequestError as error:
-            send(frames, encode(Refused("", str(error))))
+            send(frames, Refused("", str(error)))
             raise
         return remote
 

@@ -4,6 +4,9 @@ from typing import Literal, NamedTuple
 
 Health = Literal["healthy", "slow", "hung", "dead"]
 
+QUIET = 0.5
+"""Share of `dead_after`; who is silent for so long may be lost."""
+
 
 class Patience(NamedTuple):
     """Seconds after which an instance is thought to be in trouble."""
@@ -11,10 +14,6 @@ class Patience(NamedTuple):
     slow_after: float = 2.0  # at work, and its loop hasn't turned: it is slow, and gets on with what it has
     hung_after: float = 60.0  # likewise: it won't turn again
     dead_after: float = 5.0  # nothing was heard of it
-
-
-QUIET = 0.5
-"""Of `dead_after`; who is silent for so long may be lost."""
 
 
 class Vital:

@@ -102,8 +102,12 @@ def _plain(value: Any) -> Any:
 _encoder, _decoder = msgspec.msgpack.Encoder(enc_hook=_plain), msgspec.msgpack.Decoder(Message)
 
 
-def send(frames: Frames, data: bytes) -> None:
-    """Sends what `encode` made; waits until it is on its way."""
+def send(frames: Frames, message: Message) -> None:
+    """Waits until it is on its way. Raises RequestError if it can't be sent, TransferError if the line has ended."""
+    _send(frames, encode(message))
+
+
+def _send(frames: Frames, data: bytes) -> None:
     frames.send(0, {"size": len(data)}, [memoryview(data)])
 
 
@@ -183,10 +187,10 @@ class Line:
                     data = self._outbox.get(timeout=max(0.0, due - time.monotonic()))
                     if data is None:
                         return
-                    send(self._frames, data)
+                    _send(self._frames, data)
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._period
-                    send(self._frames, encode(self._pulse()))
+                    send(self._frames, self._pulse())
         except TransferError:
             pass  # whoever hears will notice
         finally:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from jaxserve.engine import Engine
 from jaxserve.fleet.control import PATIENCE
 from jaxserve.fleet.instance import Event, Gone, Local, Refused, Role, about
-from jaxserve.fleet.wire import Abort, Add, Hello, Knock, Leave, Line, Message, Pulse, Welcome, encode, expect, send
+from jaxserve.fleet.wire import Abort, Add, Hello, Knock, Leave, Line, Message, Pulse, Welcome, expect, send
 from jaxserve.llm import LLM
 from jaxserve.parallel.errors import EngineError, RequestError, TransferError
 from jaxserve.parallel.frames import TICK, Frames, dial
@@ -63,8 +63,8 @@ class Worker:
                 wait = min(2 * wait, BACKOFF[1])
                 continue
             self._tell(f"{self._local.about.name} has joined the fleet of {self._router[0]}:{self._router[1]}")
-            wait, told, joined = BACKOFF[0], "dead", True
             self._work(line)
+            wait, told, joined = BACKOFF[0], "dead", True  # which it has told
         if self._failed.is_set():
             raise EngineError("the engine has failed; its log says why")
 
@@ -81,7 +81,7 @@ class Worker:
         frames = Frames(dial(self._router, PATIENCE), PATIENCE)
         try:
             frames.enter(self._token)
-            send(frames, encode(Hello(self._local.about, self._local.signs)))
+            send(frames, Hello(self._local.about, self._local.signs))
             answer = expect(frames, PATIENCE)
             if isinstance(answer, Refused):
                 raise TransferError(answer.reason, "refused")
@@ -165,7 +165,7 @@ def knock(router: tuple[str, int], token: bytes, max_model_len: int | None, tell
     try:
         with closing(Frames(connection, SHORT)) as frames:
             frames.enter(token)
-            send(frames, encode(Knock(max_model_len)))
+            send(frames, Knock(max_model_len))
             answer = expect(frames, SHORT)
     except TransferError as error:
         if error.kind == "refused":

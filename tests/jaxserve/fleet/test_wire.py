@@ -34,6 +34,7 @@ from jaxserve.parallel.frames import Frames
 from jaxserve.request import Handover, Logprob, Output, Request, SamplingParams, StructuredOutputs
 from jaxserve.serving import Memory
 from jaxserve.tiers.counters import TierCounters
+from tests.waiting import SOON
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
 wholes, floats = st.integers(0, 2**31 - 1), st.floats(allow_nan=False)
@@ -167,7 +168,7 @@ def test_a_message_that_makes_no_sense_ends_the_line(ends, words):
 @pytest.mark.parametrize("begun", [b"", b"\0", b"\0\0\0\0\x0bnot all of"])
 def test_a_line_that_falls_silent_ends_in_time_be_it_amid_a_message(ends, begun):
     sender, receiver = ends
-    send(sender, encode(Alive()))
+    send(sender, Alive())
     sender._push(memoryview(begun))
     heard = []
     assert str(Line(receiver, Alive, 60.0, 0.3).run(heard.append)) == "nothing was heard of it for 0.3 s"
@@ -182,5 +183,5 @@ def test_a_line_on_which_silence_is_somebody_else_s_to_judge_ends_with_the_conne
     thread.start()
     assert receive(sender) == Alive()
     sender.close()
-    thread.join(5.0)
+    thread.join(SOON)
     assert "the other end has closed it" in str(reasons[0]) or "reset" in str(reasons[0])
